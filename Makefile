@@ -1,0 +1,32 @@
+# `make demo` and `make test` are all a fresh machine needs; each sets up what it uses. VENV=dir moves the environment.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: setup demo test lint bench clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -e '.[cpu,build,rtx,dev]' -c constraints.txt
+	touch $@
+
+demo: setup
+	BIN=$(abspath $(BIN)) sh demo.sh
+
+test: setup
+	$(BIN)/pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python benchmarks/build.py
+	$(BIN)/python benchmarks/export.py
+
+clean:
+	rm -rf $(VENV) demo build dist *.egg-info

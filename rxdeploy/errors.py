@@ -1,0 +1,65 @@
+"""The errors a user can meet, one hierarchy, each with the exit code of the command line.
+
+An error's text names the thing, the cause and the way out; it is printed as it stands, without a
+traceback. Anything that is not an RxDeployError reaching the command line is a bug of ours.
+"""
+
+from __future__ import annotations
+
+import errno
+
+
+class RxDeployError(Exception):
+    """Base of every error rxdeploy raises on purpose."""
+
+    exit_code = 2
+
+
+class CheckFailed(RxDeployError):
+    """A check ran and the answer is no: validation, accuracy, integrity of what was computed."""
+
+    exit_code = 1
+
+
+class InputError(RxDeployError):
+    """What the user gave cannot be used: an option, a card, weights, an image, a bundle."""
+
+    exit_code = 2
+
+
+class EnvironmentLacks(RxDeployError):
+    """This machine lacks something: TensorRT, a GPU, the network, a package, room on the disk."""
+
+    exit_code = 3
+
+
+# What each extra brings, so that an error about a missing module can name the command that adds it.
+EXTRA_OF_MODULE = {
+    "torch": "build",
+    "onnx": "build",
+    "onnx_ir": "build",
+    "safetensors": "build",
+    "httpx": "build",
+    "filelock": "build",
+    "platformdirs": "build",
+    "onnxruntime": "cpu",
+    "tensorrt_rtx": "rtx",
+    "tensorrt": "tensorrt",
+}
+
+
+def missing_module(error: ModuleNotFoundError) -> EnvironmentLacks:
+    """The error for a module that is not installed, with the command that installs it."""
+    module = (error.name or "?").partition(".")[0]
+    extra = EXTRA_OF_MODULE.get(module)
+    way_out = f"pip install 'rxdeploy[{extra}]'" if extra else f"pip install {module}"
+    return EnvironmentLacks(f"the Python module {module} is not installed here; {way_out} adds it")
+
+
+def from_os_error(error: OSError, doing: str) -> RxDeployError:
+    """Translate an operating-system error met while `doing` something (a gerund phrase)."""
+    reason = error.strerror or str(error)
+    where = f" ({error.filename})" if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return EnvironmentLacks(f"{doing}: {reason}{where}; free some room, or choose another folder")
+    return InputError(f"{doing}: {reason}{where}")
