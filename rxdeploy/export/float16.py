@@ -1,0 +1,94 @@
+"""Graph pass: a float32 model to a float16 one that a strongly typed TensorRT (10, 11, RTX) accepts.
+
+Every float32 tensor becomes float16, the constants rounded to nearest even. What the caller sees keeps its
+type: a float32 input is cast on entry and a float32 output on exit. A uint8 input needs no extra cast: its
+own Cast then goes to float16, exactly, since float16 holds all integers up to 2048.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from rxdeploy.errors import CheckFailed
+
+FLOAT16_MAX = 65504.0
+FLOAT16_TINY = 2.0**-24  # the smallest subnormal: half of it and less rounds to zero
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What rounding the constants to float16 did."""
+
+    constants: int  # values rounded
+    flushed: int  # non-zero values that became zero
+
+
+def to_float16(model: ir.Model) -> tuple[ir.Model, Rounding]:
+    """A copy of `model` in float16, inputs and outputs unchanged in type; the model given stays as it is.
+
+    CheckFailed names every constant that float16 cannot hold (beyond 65504 in magnitude).
+    """
+    model = model.clone()
+    graph = model.graph
+    rounding = _round_constants(graph)
+    for node in graph:
+        for name, attribute in node.attributes.items():
+            if name == "to" and attribute.as_int() == ir.DataType.FLOAT:
+                node.attributes[name] = ir.AttrInt64(name, ir.DataType.FLOAT16)
+        for output in node.outputs:
+            if output.dtype in (None, ir.DataType.FLOAT):
+                output.dtype = ir.DataType.FLOAT16
+    for value in graph.inputs:
+        if value.dtype == ir.DataType.FLOAT:
+            _cast_input(graph, value)
+    for index, value in enumerate(graph.outputs):
+        if value.dtype == ir.DataType.FLOAT16:
+            _cast_output(graph, index)
+    return model, rounding
+
+
+def _round_constants(graph: ir.Graph) -> Rounding:
+    overflow, constants, flushed = [], 0, 0
+    for name, value in graph.initializers.items():
+        assert value.const_value is not None, f"{name} has no value"
+        if value.const_value.dtype != ir.DataType.FLOAT:
+            continue
+        array = value.const_value.numpy()
+        largest = float(np.abs(array).max(initial=0))
+        if not largest <= FLOAT16_MAX:  # also true of NaN
+            overflow.append(f"{name} (largest magnitude {largest:g})")
+            continue
+        half = array.astype(np.float16)
+        constants += array.size
+        flushed += int(np.count_nonzero(array)) - int(np.count_nonzero(half))
+        value.const_value = ir.tensor(half, name=name)
+        value.dtype = ir.DataType.FLOAT16
+    if overflow:
+        raise CheckFailed(
+            f"float16 holds magnitudes up to {FLOAT16_MAX:g}, and these weights are beyond it: {', '.join(overflow)}; "
+            "build with --fp32"
+        )
+    return Rounding(constants, flushed)
+
+
+def _cast_input(graph: ir.Graph, value: ir.Value) -> None:
+    users = tuple(value.uses())
+    node = ir.node("Cast", [value], attributes={"to": ir.DataType.FLOAT16}, name=f"{value.name}.half")
+    node.outputs[0].name, node.outputs[0].dtype, node.outputs[0].shape = node.name, ir.DataType.FLOAT16, value.shape
+    graph.insert_before(graph[0], node)
+    for user, index in users:
+        user.replace_input_with(index, node.outputs[0])
+
+
+def _cast_output(graph: ir.Graph, index: int) -> None:
+    """Keep the output's name and float32 type; the float16 tensor behind it gets the suffix ``.half``."""
+    half = graph.outputs[index]
+    name, half.name = half.name, f"{half.name}.half"
+    node = ir.node("Cast", [half], attributes={"to": ir.DataType.FLOAT}, name=f"{name}.float")
+    output = node.outputs[0]
+    output.name, output.dtype, output.shape = name, ir.DataType.FLOAT, half.shape
+    graph.append(node)
+    graph.outputs[index] = output

@@ -1,0 +1,186 @@
+"""Does the ONNX model compute what the PyTorch module computes? Measured, on ONNX Runtime.
+
+Images are photographs and noise; batch sizes are 1, the optimum, and one beyond it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rxdeploy.cards import ModelCard
+from rxdeploy.engines.bundle import Precision
+from rxdeploy.errors import CheckFailed, InputError, missing_module
+from rxdeploy.export.samples import noise, photographs
+from rxdeploy.runtime.preprocess import normalise
+
+NOISE_IMAGES = 4
+PROVIDERS = ("CPUExecutionProvider", "CUDAExecutionProvider")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The largest deviation that still counts as the same model."""
+
+    relative_l2: float  # |x - reference| / |reference|, over all logits
+    # A lead of the first class over the second, as a share of the logits' spread, below which rounding may
+    # decide between the two: such images are ties and do not count against agreement.
+    tie: float
+
+
+# float32: each of about 100 layers rounds once to 2^-24 and sums in another order than PyTorch; 5e-6 is
+# what we measure, and a wrong stride, epsilon or padding gives 1e-2 and more.
+# float16: weights and activations round to 2^-11 (4.9e-4) each; through about 100 layers such errors add up,
+# as independent ones do, to 5e-3 (measured 4e-3 to 7e-3); a layer that overflows or is lost gives 0.1 and more.
+LIMITS: dict[Precision, Limits] = {
+    "fp32": Limits(relative_l2=1e-4, tie=1e-3),
+    "fp16": Limits(relative_l2=2e-2, tie=5e-2),
+}
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The images of a validation and what the reference says of them."""
+
+    images: NDArray[np.uint8]
+    kinds: tuple[str, ...]  # "photographs" or "noise", an image each
+
+
+def validation_samples(card: ModelCard) -> Samples:
+    """Photographs, then noise."""
+    photos, grain = photographs(card), noise(card, NOISE_IMAGES)
+    kinds = ("photographs",) * len(photos) + ("noise",) * len(grain)
+    return Samples(np.concatenate([photos, grain]), kinds)
+
+
+def validation_batches(optimum: int) -> tuple[int, ...]:
+    """The batch sizes to run: 1, the optimum, and one beyond it."""
+    return tuple(sorted({1, optimum, optimum + 1}))
+
+
+def deviation(result: NDArray[np.float32], reference: NDArray[np.float32], tie: float) -> dict[str, Any]:
+    """Max absolute error, relative L2 error and top-1 agreement of logits (n, classes)."""
+    result, reference = result.astype(np.float64), reference.astype(np.float64)
+    if reference.shape[1] > 1:
+        ranked = np.sort(reference, axis=1)
+        decided = ranked[:, -1] - ranked[:, -2] > tie * reference.std(axis=1)
+    else:
+        decided = np.ones(len(reference), bool)
+    agree = result.argmax(1) == reference.argmax(1)
+    return {
+        "images": len(reference),
+        "max_abs_error": float(np.abs(result - reference).max()),
+        "relative_l2": float(np.linalg.norm(result - reference) / np.linalg.norm(reference)),
+        "top1_agreement": float(agree.mean()),
+        "ties": int((~decided).sum()),
+        "flipped": int((decided & ~agree).sum()),
+    }
+
+
+def validate_model(
+    card: ModelCard, model: Path, precision: Precision, reference: NDArray[np.float32], batches: tuple[int, ...]
+) -> dict[str, Any]:
+    """Run the ONNX file on every batch size and every provider that is here, and compare with `reference`.
+
+    `reference` are the PyTorch logits of `validation_samples`. Returns the figures for the manifest:
+    ``passed``, ``limits``, and per provider the deviation over all images, by kind and by batch size.
+    """
+    samples, limits = validation_samples(card), LIMITS[precision]
+    providers = {}
+    for provider in available_providers():
+        rows = {batch: _run(card, model, provider, samples, batch) for batch in batches}
+        providers[provider] = _figures(samples, reference, rows, limits)
+    worst = [figures["all"] for figures in providers.values()]
+    return {
+        "passed": all(within(figures, limits) for figures in worst),
+        "limits": {"relative_l2": limits.relative_l2, "tie": limits.tie, "flipped": 0},
+        "reference": "PyTorch, float32, CPU",
+        "providers": providers,
+    }
+
+
+def within(figures: dict[str, Any], limits: Limits) -> bool:
+    """Whether a deviation is within the limits; NaN is not."""
+    return figures["relative_l2"] <= limits.relative_l2 and figures["flipped"] == 0
+
+
+def available_providers() -> list[str]:
+    """The ONNX Runtime execution providers to validate on."""
+    return [name for name in PROVIDERS if name in _onnxruntime().get_available_providers()]
+
+
+def _onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        raise missing_module(error) from None
+    return onnxruntime
+
+
+def open_session(model: Path | bytes, provider: str = "CPUExecutionProvider") -> Any:
+    """An ONNX Runtime session on one provider, quiet about what it does not like in the graph."""
+    ort = _onnxruntime()
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    try:
+        return ort.InferenceSession(model if isinstance(model, bytes) else str(model), options, providers=[provider])
+    except Exception as error:  # ONNX Runtime's exceptions share no base of their own
+        raise CheckFailed(f"ONNX Runtime cannot load the model: {str(error).strip().splitlines()[0]}") from None
+
+
+def check_interface(card: ModelCard, path: Path) -> None:
+    """InputError unless the ONNX file at `path` has the input and output that validation feeds and reads."""
+    size = card.input.image_size
+    wanted = {"image": ("tensor(uint8)", [size, size, 3]), "input": ("tensor(float)", [3, size, size])}
+    if not path.is_file():
+        raise InputError(f"ONNX file {path}: no such file")
+    try:
+        session = open_session(path)
+    except CheckFailed as error:
+        raise InputError(f"ONNX file {path}: {error}") from None
+    inputs, outputs = session.get_inputs(), [output.name for output in session.get_outputs()]
+    fits = len(inputs) == 1 and wanted.get(inputs[0].name) == (inputs[0].type, inputs[0].shape[1:])
+    if not fits or "logits" not in outputs:
+        found = ", ".join(f"{i.name} {i.type} {i.shape}" for i in inputs)
+        raise InputError(
+            f"ONNX file {path}: has input {found} and output {', '.join(outputs)}; {card.name} needs `image` uint8 "
+            f"(batch, {size}, {size}, 3) or `input` float32 (batch, 3, {size}, {size}), and `logits`"
+        )
+
+
+def _run(card: ModelCard, model: Path, provider: str, samples: Samples, batch: int) -> NDArray[np.float32]:
+    """Logits of every sample, in batches of exactly `batch` images: the samples are repeated to fill the last."""
+    session = open_session(model, provider)
+    count = len(samples.images)
+    outputs = []
+    for start in range(0, count, batch):
+        indices = np.arange(start, start + batch) % count
+        outputs.append(session.run(["logits"], model_input(session, card, samples.images[indices]))[0])
+    return np.concatenate(outputs)[:count]
+
+
+def model_input(session: Any, card: ModelCard, images: NDArray[np.uint8]) -> dict[str, NDArray]:
+    """The feed for a session: the images as they are, or normalised when the model wants float32."""
+    first = session.get_inputs()[0]
+    wants_bytes = first.type == "tensor(uint8)"
+    return {first.name: images if wants_bytes else normalise(images, card.input.mean, card.input.std)}
+
+
+def _figures(
+    samples: Samples, reference: NDArray[np.float32], rows: dict[int, NDArray[np.float32]], limits: Limits
+) -> dict[str, Any]:
+    logits, expected = np.concatenate(list(rows.values())), np.tile(reference, (len(rows), 1))
+    kinds = np.tile(np.asarray(samples.kinds), len(rows))
+    by_kind: Iterator[tuple[str, dict[str, Any]]] = (
+        (kind, deviation(logits[kinds == kind], expected[kinds == kind], limits.tie)) for kind in dict.fromkeys(kinds)
+    )
+    return {
+        "all": deviation(logits, expected, limits.tie),
+        **{str(kind): figures for kind, figures in by_kind},
+        "by_batch": {str(batch): deviation(part, reference, limits.tie) for batch, part in rows.items()},
+    }

@@ -1,0 +1,244 @@
+"""Weights for a card: published, from a user's file, or synthetic; checked against the architecture.
+
+Nothing is unpickled but tensors: `.pth` files are read with ``weights_only=True``, so a file that carries code is
+refused, not run.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rxdeploy.cards import ModelCard
+from rxdeploy.engines.bundle import WeightsOrigin, sha256_of
+from rxdeploy.errors import EnvironmentLacks, InputError, from_os_error, missing_module
+from rxdeploy.export.architecture import count_parameters, resnext
+
+StateDict = dict[str, NDArray[np.float32]]
+
+# Keys under which training scripts store the model, tried in this order: an average of the weights first.
+WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")
+# Prefixes that DataParallel, torch.compile and Lightning put before every name.
+PREFIXES = ("module.", "_orig_mod.", "model.")
+LISTED = 20  # misfits of one kind that an error lists before it counts the rest
+
+
+@dataclass(frozen=True)
+class WeightsSource:
+    """Where weights come from, settled before they are read."""
+
+    kind: Literal["published", "file", "synthetic"]
+    origin: WeightsOrigin
+    path: Path | None = None
+    seed: int | None = None
+
+    @property
+    def identity(self) -> str:
+        """What determines the weights, for cache keys: the file's sha256, or synthetic:SEED."""
+        return self.origin.sha256 or self.origin.source
+
+
+def resolve_weights(
+    card: ModelCard, option: str | None, folder: Path, progress: Callable[[int, int | None], None] | None = None
+) -> WeightsSource:
+    """Settle where the weights of `card` come from.
+
+    `option` is what --weights says: a path, ``synthetic[:SEED]``, or None for the card's own, which are
+    fetched into `folder` when the card gives a URL.
+    """
+    if option is not None and (option == "synthetic" or option.startswith("synthetic:")):
+        seed = _seed(option)
+        return WeightsSource("synthetic", _origin("synthetic", f"synthetic:{seed}", None), seed=seed)
+    if option is not None:
+        return _from_file(card, Path(option), "file")
+    if card.weights.file:
+        source = _from_file(card, card.beside(card.weights.file), "published")
+        _check_prefix(card, source)
+        return source
+    if card.weights.url:
+        from rxdeploy.export.download import fetch_weights
+
+        path = fetch_weights(card, folder, progress)
+        digest = sha256_of(path)
+        return WeightsSource(
+            "published", _origin("published", card.weights.url, digest, card.weights.licence), path=path
+        )
+    raise InputError(
+        f"card {card.name}: names no weights (neither url nor file); pass --weights PATH, or --weights synthetic"
+    )
+
+
+def _seed(option: str) -> int:
+    text = option.partition(":")[2] or "0"
+    if not re.fullmatch(r"\d{1,9}", text):
+        raise InputError(f"--weights {option}: the seed must be a whole number from 0 to 999999999")
+    return int(text)
+
+
+def _origin(kind: Any, source: str, digest: str | None, licence: str | None = None) -> WeightsOrigin:
+    return WeightsOrigin(kind=kind, source=source, sha256=digest, licence=licence)
+
+
+def _from_file(card: ModelCard, path: Path, kind: Literal["published", "file"]) -> WeightsSource:
+    try:
+        digest = sha256_of(path)
+    except FileNotFoundError:
+        raise InputError(f"weights file {path}: no such file") from None
+    except OSError as error:
+        raise from_os_error(error, f"reading weights file {path}") from None
+    licence = card.weights.licence if kind == "published" else None
+    return WeightsSource(kind, _origin(kind, path.name, digest, licence), path=path)
+
+
+def _check_prefix(card: ModelCard, source: WeightsSource) -> None:
+    expected, actual = card.weights.sha256_prefix, source.origin.sha256 or ""
+    if expected and not actual.startswith(expected):
+        raise InputError(
+            f"weights file {source.path}: sha256 begins {actual[: len(expected)]}, the card says {expected}; "
+            "put the right file there, or correct the card"
+        )
+
+
+def load_weights(card: ModelCard, source: WeightsSource) -> StateDict:
+    """The weights, float32, one array for every tensor of `ResNeXt.state_shapes`; InputError when they do not fit."""
+    if source.seed is not None:
+        from rxdeploy.export.synthetic import synthetic_weights
+
+        return synthetic_weights(card, source.seed)
+    assert source.path is not None
+    tensors = _plain_names(_read_tensors(source.path))
+    check_fit(card, tensors, source.path)
+    return {name: np.ascontiguousarray(tensors[name]) for name in resnext(card).state_shapes()}
+
+
+def _read_tensors(path: Path) -> Mapping[str, NDArray[np.float32]]:
+    """Every tensor of a .safetensors or PyTorch file, wrappers removed, as float32."""
+    try:
+        import safetensors.torch
+        import torch
+    except ModuleNotFoundError as error:
+        raise missing_module(error) from None
+    try:
+        with path.open("rb") as file:
+            head = file.read(9)
+        # By content, not by name: a safetensors file begins with the length of its JSON header.
+        stored = (
+            safetensors.torch.load_file(path)
+            if head[8:9] == b"{"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
+    except MemoryError:
+        raise EnvironmentLacks(f"weights file {path}: does not fit into memory") from None
+    except pickle.UnpicklingError as error:
+        raise InputError(_unpickling(path, error)) from None
+    except OSError as error:
+        raise from_os_error(error, f"reading weights file {path}") from None
+    except (
+        Exception
+    ) as error:  # torch and safetensors raise what their readers meet: RuntimeError, EOFError, KeyError...
+        raise InputError(f"weights file {path}: damaged or in no format we read: {_first_line(error)}") from None
+    tensors = _unwrap(stored)
+    if not tensors:
+        raise InputError(f"weights file {path}: holds no tensors by name; expected a state dict (.pth or .safetensors)")
+    return {name: tensor.detach().to(torch.float32).numpy() for name, tensor in tensors.items()}
+
+
+def _unpickling(path: Path, error: Exception) -> str:
+    text = str(error)
+    if "GLOBAL" in text or "Unsupported global" in text or "Unsupported class" in text:
+        found = re.search(r"GLOBAL (\S+)", text)
+        what = f" ({found.group(1)})" if found else ""
+        return (
+            f"weights file {path}: contains pickled code{what}, which rxdeploy does not run; save only the state dict: "
+            "torch.save(model.state_dict(), path)"
+        )
+    return f"weights file {path}: damaged or no PyTorch file: {_first_line(error)}"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _unwrap(stored: Any) -> dict[str, Any]:
+    """The state dict inside what a training script saved; {} when there is none."""
+    import torch
+
+    while isinstance(stored, Mapping):
+        tensors = {name: value for name, value in stored.items() if isinstance(value, torch.Tensor)}
+        inner = next((stored[key] for key in WRAPPERS if isinstance(stored.get(key), Mapping)), None)
+        if inner is None:
+            return {str(name): value for name, value in tensors.items()}
+        stored = inner
+    return {}
+
+
+def _plain_names(tensors: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
+    """Names without wrappers' prefixes and without batch-norm's step counters."""
+    names = {name: name for name in tensors}
+    while prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in names.values())), None):
+        names = {original: name.removeprefix(prefix) for original, name in names.items()}
+    return {name: tensors[original] for original, name in names.items() if not name.endswith("num_batches_tracked")}
+
+
+def check_fit(card: ModelCard, tensors: Mapping[str, NDArray[np.float32]], path: Path) -> None:
+    """InputError listing every name and shape that does not fit the card's architecture, and values that cannot be."""
+    expected = resnext(card).state_shapes()
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    misfits = [
+        _listed("missing", [name for name in expected if name not in shapes]),
+        _listed("unexpected", [name for name in shapes if name not in expected]),
+        _listed(
+            "of another shape",
+            [
+                f"{name} {list(shapes[name])} where the card needs {list(shape)}"
+                for name, shape in expected.items()
+                if name in shapes and shapes[name] != shape
+            ],
+        ),
+    ]
+    if any(misfits):
+        found = shapes.get("fc.weight", (card.architecture.num_classes,))[0]
+        hint = ""
+        if found != card.architecture.num_classes:
+            hint = (
+                f"\n  the file has {found} classes: deploy it with a card of your own that says num_classes = {found}"
+            )
+        raise InputError(
+            f"weights file {path}: does not fit {card.name} ({len(shapes)} tensors, {len(expected)} needed)"
+            + "".join(misfits)
+            + hint
+        )
+    bad = [name for name in expected if not np.isfinite(tensors[name]).all()]
+    bad += [name for name in expected if name.endswith("running_var") and (tensors[name] < 0).any()]
+    if bad:
+        raise InputError(f"weights file {path}: holds NaN, infinity or a negative variance{_listed('in', bad)}")
+
+
+def _listed(what: str, items: list[str]) -> str:
+    if not items:
+        return ""
+    more = f", and {len(items) - LISTED} more" if len(items) > LISTED else ""
+    return f"\n  {what}: {', '.join(items[:LISTED])}{more}"
+
+
+def check_parameters(card: ModelCard) -> None:
+    """InputError when the card's parameter figure is not that of its architecture.
+
+    The figure may be rounded: it has to agree within half of its last non-zero decimal place.
+    """
+    claimed, counted = card.figures.parameters, count_parameters(resnext(card))
+    if claimed is None:
+        return
+    place = 10 ** (len(str(claimed)) - len(str(claimed).rstrip("0")))
+    if abs(claimed - counted) > place / 2:
+        raise InputError(
+            f"card {card.name}: figures.parameters is {claimed:,}, but its architecture has {counted:,}; "
+            "correct one of them"
+        )
