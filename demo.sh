@@ -1,0 +1,34 @@
+#!/bin/sh
+# The whole way, offline: a trained model on real digits, then an ImageNet-sized one with made-up weights.
+set -eu
+rx="$BIN/rxdeploy"
+say() { printf '\n# %s\n' "$*"; }
+
+rm -rf demo
+mkdir demo
+cd demo
+
+say "1. What is on this machine, and what each missing piece would add."
+"$rx" doctor
+
+say "2. A small ResNeXt trained on handwritten digits: export to ONNX, check against PyTorch, make it float16," \
+    "check again, build a TensorRT engine, and put everything into one folder, the bundle."
+"$rx" build digits_resnext14_8x8d --fp16
+
+say "3. Ten digits it has never seen, written as image files, and what the bundle takes them for" \
+    "(the file name says what each is)."
+"$BIN/python" -m rxdeploy.cards.digits_images digits --count 10
+"$rx" classify digits_resnext14_8x8d-fp16 digits/*.png --top 1
+
+say "4. The same for an ImageNet model. Its trained weights need a download, so these are synthetic:" \
+    "everything below is real except what the model knows."
+"$rx" build gluon_resnext50_32x4d --fp16 --weights synthetic
+
+say "5. A real photograph (a cat) through that bundle: the names are ImageNet's, the guesses mean nothing."
+cp ../rxdeploy/export/photos/cat.jpg .
+"$rx" classify gluon_resnext50_32x4d-fp16 cat.jpg
+
+say "6. What is in the bundle; every file was just checked against its digest."
+"$rx" inspect gluon_resnext50_32x4d-fp16
+
+say "The bundles are in demo/. Next: rxdeploy build gluon_resnext101_64x4d --fp16 (downloads 335 MB of weights)."

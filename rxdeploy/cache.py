@@ -1,0 +1,201 @@
+"""What stages have computed, kept by what went in, so that nothing unchanged is computed twice.
+
+An entry is a folder named after its stage and the digest of everything that determines the result. Two
+builds at once share the work: the second waits for the first. Entries are checked against their digests
+before they are used, and the least recently used go when the cache outgrows its limit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from rxdeploy import atomic
+from rxdeploy.engines.bundle import sha256_of
+from rxdeploy.errors import InputError, missing_module
+
+log = logging.getLogger("rxdeploy.cache")
+
+FOLDER_VARIABLE = "RXDEPLOY_CACHE"
+LIMIT_VARIABLE = "RXDEPLOY_CACHE_LIMIT_GB"
+DEFAULT_LIMIT_GB = 20.0
+_ENTRY = "entry.json"
+
+
+def cache_folder() -> Path:
+    """Where the cache is: $RXDEPLOY_CACHE, or the platform's place for caches (on Linux ~/.cache/rxdeploy)."""
+    if folder := os.environ.get(FOLDER_VARIABLE):
+        return Path(folder)
+    try:
+        import platformdirs
+    except ModuleNotFoundError as error:
+        raise missing_module(error) from None
+    return platformdirs.user_cache_path("rxdeploy")
+
+
+def cache_limit() -> int:
+    """The size in bytes above which old entries go: $RXDEPLOY_CACHE_LIMIT_GB (10^9 bytes each), by default 20."""
+    text = os.environ.get(LIMIT_VARIABLE, str(DEFAULT_LIMIT_GB))
+    try:
+        limit = float(text)
+        if not 0 <= limit < float("inf"):
+            raise ValueError
+    except ValueError:
+        raise InputError(f"{LIMIT_VARIABLE}={text}: must be a number of gigabytes, 0 or more") from None
+    return int(limit * 1e9)
+
+
+def recipe_digest(**ingredients: Any) -> str:
+    """sha256 of named JSON values: the identity of a computation."""
+    return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A finished stage: `facts` for small results, files in `folder` for large ones."""
+
+    folder: Path
+    facts: dict[str, Any]
+    reused: bool
+
+
+class Cache:
+    """A cache folder. Entries that this object has handed out are safe from eviction until `close`."""
+
+    def __init__(self, folder: Path, limit: int, force: bool = False) -> None:
+        self.folder = folder
+        self.limit = limit
+        self._force = force  # compute everything once more, and keep that
+        self._made: set[str] = set()
+        self._in_use: list[IO[bytes]] = []
+
+    def close(self) -> None:
+        """Let go of the entries handed out, and evict what is over the limit."""
+        for file in self._in_use:
+            file.close()
+        self._in_use.clear()
+        self._evict()
+
+    def stage(self, name: str, key: str, produce: Callable[[Path], dict[str, Any]], verify: bool = True) -> Entry:
+        """The entry for `name` and `key`; `produce` fills a folder and returns the facts when there is none.
+
+        `verify` checks every file's digest first; leave it out when only the facts are wanted. While one
+        process produces an entry, others that want it wait.
+        """
+        folder = self.folder / "stages" / f"{name}-{key[:40]}"
+        lock = self.folder / "locks" / f"{folder.name}.lock"
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with _waiting_lock(lock, name):
+            if not (self._force and folder.name not in self._made):
+                entry = self._lookup(folder, verify)
+                if entry is not None:
+                    return entry
+            with atomic.new_folder(folder, replace=True) as new:
+                facts = produce(new)
+                files = {path.name: [path.stat().st_size, sha256_of(path)] for path in sorted(new.iterdir())}
+                (new / _ENTRY).write_text(json.dumps({"facts": facts, "files": files}))
+            self._made.add(folder.name)
+            entry = self._lookup(folder, verify=False)
+            assert entry is not None, "an entry just written can be read"
+            # Through JSON and back, as a later build will see it.
+            return Entry(entry.folder, entry.facts, reused=False)
+
+    def _lookup(self, folder: Path, verify: bool) -> Entry | None:
+        """The entry in `folder`, held against eviction, or None when there is none or it is damaged."""
+        try:
+            file = (folder / _ENTRY).open("rb")
+        except FileNotFoundError:
+            return None
+        fcntl.flock(file, fcntl.LOCK_SH)
+        try:
+            record = json.loads(file.read())
+            for name, (size, digest) in record["files"].items():
+                path = folder / name
+                if path.stat().st_size != size or (verify and sha256_of(path) != digest):
+                    raise ValueError(f"{path} is damaged")
+            os.utime(folder / _ENTRY)
+        except (OSError, ValueError, KeyError, TypeError):
+            # Altered, or evicted since it was opened: either way it has to be made again.
+            file.close()
+            return None
+        self._in_use.append(file)
+        return Entry(folder, record["facts"], reused=folder.name not in self._made)
+
+    def _evict(self) -> None:
+        """Remove least recently used entries until the rest fits, passing over those in use."""
+        if not (self.folder / "stages").is_dir():
+            return
+        atomic.sweep(self.folder / "stages")
+        entries = []
+        for folder in (self.folder / "stages").iterdir():
+            with contextlib.suppress(OSError):
+                size = sum(path.stat().st_size for path in folder.iterdir())
+                entries.append(((folder / _ENTRY).stat().st_mtime, size, folder))
+        total = sum(size for _, size, _ in entries)
+        for _, size, folder in sorted(entries):
+            if total <= self.limit:
+                return
+            if _remove_unused(folder):
+                total -= size
+
+    def usage(self) -> tuple[int, int]:
+        """Number of entries and their size in bytes, downloaded weights included."""
+        files = [path for path in self.folder.rglob("*") if path.is_file()]
+        return sum(path.name == _ENTRY for path in files), sum(path.stat().st_size for path in files)
+
+    def clear(self) -> None:
+        """Remove everything that is not in use by another process."""
+        for folder in sorted((self.folder / "stages").glob("*")):
+            _remove_unused(folder)
+        for folder in (self.folder / "weights", self.folder / "timing"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _waiting_lock(path: Path, stage: str) -> Iterator[None]:
+    """An exclusive lock that says so when it has to wait. The kernel frees it when its holder is killed."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.warning("another build is at the stage %s of the same model; waiting for its result", stage)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _remove_unused(folder: Path) -> bool:
+    """Remove an entry unless some process holds it."""
+    try:
+        with (folder / _ENTRY).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Out of its name first: a reader then sees a whole entry or none.
+            doomed = folder.with_name(f".{folder.name}.rxdeploy-tmp-{os.getpid()}-evicted")
+            os.rename(folder, doomed)
+    except OSError:
+        return False
+    shutil.rmtree(doomed, ignore_errors=True)
+    return True
+
+
+@contextlib.contextmanager
+def open_cache(force: bool = False) -> Iterator[Cache]:
+    """The user's cache, closed at the end of the block."""
+    cache = Cache(cache_folder(), cache_limit(), force)
+    try:
+        yield cache
+    finally:
+        cache.close()

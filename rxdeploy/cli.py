@@ -1,0 +1,430 @@
+"""The command line: parse, call, print. Results go to stdout, progress and logs to stderr.
+
+Everything heavy is imported inside the command that needs it, so that `rxdeploy --help` is quick.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from rxdeploy import __version__
+from rxdeploy.errors import CheckFailed, InputError, RxDeployError, from_os_error
+
+if TYPE_CHECKING:
+    from rxdeploy.cards import ModelCard
+    from rxdeploy.pipeline import Request
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+INTERNAL = 70  # EX_SOFTWARE of sysexits.h
+
+
+def main() -> NoReturn:
+    """Entry point: every error becomes one message and an exit code, never a traceback (-v shows it)."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run the command line and return its exit code."""
+    try:
+        cli.main(arguments, prog_name="rxdeploy", standalone_mode=False)
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        _complain("interrupted; nothing was left half done")
+        return INTERRUPTED
+    except RxDeployError as error:
+        _complain(str(error))
+        return error.exit_code
+    except BrokenPipeError:
+        # The reader went away (`| head`): not an error, but stdout must not be flushed again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        failure = from_os_error(error, "rxdeploy")
+        _complain(str(failure))
+        return failure.exit_code
+    except Exception as error:
+        logging.getLogger("rxdeploy").debug("unexpected", exc_info=True)
+        _complain(f"unexpected {type(error).__name__}: {error}; this is a bug in rxdeploy: -v shows where")
+        return INTERNAL
+    return 0
+
+
+def _complain(text: str) -> None:
+    click.echo(f"error: {text}", err=True)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="rxdeploy")
+@click.option("-v", "--verbose", count=True, help="Log more to stderr (-vv: everything TensorRT says).")
+def cli(verbose: int) -> None:
+    """Compile Gluon ResNeXt classifiers into validated TensorRT engines, and run them."""
+    level = (logging.WARNING, logging.DEBUG)[min(verbose, 1)]
+    logging.basicConfig(level=level, stream=sys.stderr, format="%(name)s: %(message)s", force=True)
+    for name in ("rxdeploy.tensorrt", "PIL", "httpx", "httpcore", "filelock", "onnx_ir", "onnxscript"):
+        logging.getLogger(name).setLevel(logging.DEBUG if verbose > 1 else logging.WARNING)
+
+
+def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def decorate(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Machine-readable result on stdout.")
+
+model_options = _options(
+    click.argument("model"),
+    click.option("--fp32", "precision", flag_value="fp32", help="Keep the model in float32."),
+    click.option(
+        "--fp16", "precision", flag_value="fp16", default=True, help="Convert the model to float16 (default)."
+    ),
+    click.option(
+        "--weights",
+        metavar="PATH|synthetic[:SEED]",
+        help="A .pth or .safetensors file, or made-up weights; by default the card's own, downloaded.",
+    ),
+    click.option(
+        "--input",
+        "input_kind",
+        type=click.Choice(["uint8", "float32"]),
+        default="uint8",
+        show_default=True,
+        help="uint8 NHWC RGB with normalisation in the graph, or normalised float32 NCHW.",
+    ),
+    click.option("--force", is_flag=True, help="Compute every stage again instead of reusing the cache."),
+)
+
+engine_options = _options(
+    click.option(
+        "--batch",
+        multiple=True,
+        metavar="MIN,OPT,MAX|N",
+        help="An optimization profile: a range with its optimum, or one exact size. May be repeated. [default: 1,8,32]",
+    ),
+    click.option(
+        "--target",
+        type=click.Choice(["auto", "tensorrt", "tensorrt-rtx", "onnxruntime"]),
+        default="auto",
+        show_default=True,
+        help="What to build an engine with; auto takes the best that is here.",
+    ),
+    click.option("--workspace", type=click.IntRange(1, 1 << 20), metavar="MIB", help="Scratch memory limit."),
+    click.option("--opt-level", type=click.IntRange(0, 5), help="0 builds fast, 5 runs fast. [TensorRT's default: 3]"),
+    click.option("--version-compatible", is_flag=True, help="A plan for later TensorRT versions too."),
+    click.option("--hardware-compatible", is_flag=True, help="A plan for every GPU from Ampere on."),
+    click.option("--refit", is_flag=True, help="A plan whose weights can be replaced."),
+    click.option("--strip-plan", is_flag=True, help="A plan without weights, to be refitted."),
+    click.option(
+        "--compute-capability",
+        multiple=True,
+        metavar="X.Y",
+        help="TensorRT-RTX: build for this GPU generation (7.5, 8.6, ...). May be repeated.",
+    ),
+)
+
+
+@cli.command()
+@json_option
+def models(as_json: bool) -> None:
+    """List the built-in models."""
+    from rxdeploy.cards import builtin_cards
+    from rxdeploy.export.architecture import count_multiply_adds, count_parameters, resnext
+
+    cards = builtin_cards()
+    if as_json:
+        import msgspec
+
+        facts = [
+            {key: value for key, value in msgspec.to_builtins(card, enc_hook=str).items() if key != "path"}
+            | {
+                "counted_parameters": count_parameters(resnext(card)),
+                "counted_multiply_adds": count_multiply_adds(resnext(card)),
+            }
+            for card in cards
+        ]
+        return _print_json(facts)
+    from rich.table import Table
+
+    table = Table("model", "alias", "input", "classes", "parameters", "card FLOPs", "top-1", "top-5", "weights")
+    for card in cards:
+        accuracy, flops = card.accuracy, card.figures.flops
+        table.add_row(
+            card.name,
+            ", ".join(card.aliases) or "-",
+            f"{card.input.image_size}x{card.input.image_size}",
+            str(card.architecture.num_classes),
+            f"{count_parameters(resnext(card)) / 1e6:.2f} M",
+            f"{flops / 1e9:.2f} G" if flops else "-",
+            f"{accuracy.top1:.2f}" if accuracy else "-",
+            f"{accuracy.top5:.2f}" if accuracy and accuracy.top5 is not None else "-",
+            f"{card.weights.file_size / 1e6:.1f} MB" if card.weights.file_size else "-",
+        )
+    _print(table)
+
+
+@cli.command()
+@json_option
+def doctor(as_json: bool) -> None:
+    """Show what is here: GPU, driver, TensorRT, ONNX Runtime, and what is missing."""
+    from rxdeploy import doctor as examination
+
+    findings, choice = examination.examine(), examination.automatic_target()
+    if as_json:
+        return _print_json(examination.as_facts(findings, choice))
+    from rich.table import Table
+
+    table = Table("piece", "state", "found", "what it adds", "how to get it")
+    colours = {"ok": "green", "missing": "yellow", "unusable": "red"}
+    for finding in findings:
+        state = f"[{colours[finding.state]}]{finding.state}[/]"
+        table.add_row(finding.piece, state, *map(_plain, (finding.detail, finding.adds, finding.install)))
+    _print(table)
+    target = choice.flavour.name if choice.flavour else "onnxruntime"
+    click.echo(f"--target auto takes {target} here ({choice.reason}).")
+
+
+@cli.command()
+@model_options
+@engine_options
+@click.option("--labels", type=click.Path(path_type=Path), help="Class names, one a line, to put into the bundle.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="The bundle. [default: <model>-<precision>]")
+@click.option("--overwrite", is_flag=True, help="Replace a bundle of another model or precision.")
+@json_option
+def build(as_json: bool, output: Path | None, overwrite: bool, force: bool, **choices: Any) -> None:
+    """Export, validate and compile MODEL (a name, or a path to a card file) into a bundle."""
+    from rxdeploy.cache import open_cache
+    from rxdeploy.engines.bundle import manifest_json
+    from rxdeploy.pipeline import Pipeline
+    from rxdeploy.terminal import TerminalReporter, stage_facts
+
+    request = _request(**choices)
+    output = output or Path(f"{request.card.name}-{request.precision}")
+    with open_cache(force) as cache, TerminalReporter() as reporter:
+        pipeline = Pipeline(request, cache, reporter)
+        bundle = pipeline.build(output, overwrite)
+    _warn_synthetic(bundle.manifest.weights.kind, bundle.manifest.weights.source)
+    if as_json:
+        import json
+
+        return _print_json(
+            {
+                "bundle": str(output),
+                "stages": [stage_facts(stage) for stage in pipeline.stages],
+                "manifest": json.loads(manifest_json(bundle.manifest)),
+            }
+        )
+    from rxdeploy.terminal import describe_bundle
+
+    click.echo(describe_bundle(bundle))
+
+
+@cli.command()
+@model_options
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="[default: <model>-<precision>.onnx]")
+@click.option("--overwrite", is_flag=True, help="Replace an existing file.")
+@json_option
+def export(as_json: bool, output: Path | None, overwrite: bool, force: bool, **choices: Any) -> None:
+    """Export MODEL to an ONNX file, and stop there."""
+    from rxdeploy.cache import open_cache
+    from rxdeploy.pipeline import Pipeline
+    from rxdeploy.terminal import TerminalReporter, stage_facts
+
+    request = _request(**choices)
+    output = output or Path(f"{request.card.name}-{request.precision}.onnx")
+    _refuse_existing(output, overwrite)
+    with open_cache(force) as cache, TerminalReporter() as reporter:
+        pipeline = Pipeline(request, cache, reporter)
+        pipeline.export_to(output)
+    origin = pipeline.source.origin
+    _warn_synthetic(origin.kind, origin.source)
+    if as_json:
+        facts = {"model": str(output), "weights": origin.source, "stages": [stage_facts(s) for s in pipeline.stages]}
+        return _print_json(facts)
+    click.echo(output)
+
+
+@cli.command()
+@model_options
+@click.option(
+    "--batch", multiple=True, metavar="MIN,OPT,MAX|N", help="Validate for these batch sizes. [default: 1,8,32]"
+)
+@click.option("--onnx", type=click.Path(path_type=Path), help="Check this ONNX file instead of a fresh export.")
+@click.option("--layers", is_flag=True, help="Compare every layer with PyTorch, and name the first that departs.")
+@json_option
+def validate(as_json: bool, onnx: Path | None, layers: bool, force: bool, **choices: Any) -> None:
+    """Check the exported MODEL against PyTorch on ONNX Runtime; exit code 1 when it is not the same."""
+    from rxdeploy.cache import open_cache
+    from rxdeploy.pipeline import Pipeline
+    from rxdeploy.terminal import TerminalReporter, layer_table, validation_table
+
+    request = _request(**choices)
+    with open_cache(force) as cache, TerminalReporter() as reporter:
+        pipeline = Pipeline(request, cache, reporter)
+        facts, model = (pipeline.validate_file(onnx), onnx) if onnx else pipeline.validate_export()
+        deviations = pipeline.compare_layers(model, request.precision) if layers else []
+        failed = not facts["passed"] or any(layer.departs for layer in deviations)
+        failure = pipeline.validation_failure(facts, model, request.precision) if failed else None
+    origin = pipeline.source.origin
+    _warn_synthetic(origin.kind, origin.source)
+    if as_json:
+        found = {"layers": [layer.as_facts() for layer in deviations]} if layers else {}
+        _print_json({"model": request.card.name, "weights": origin.source, **facts, **found})
+    else:
+        if layers:
+            _print(layer_table(deviations))
+        _print(validation_table(facts))
+    if failure:
+        raise CheckFailed(failure)
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("-k", "--top", default=5, show_default=True, type=click.IntRange(1), help="Classes to show an image.")
+@click.option("--labels", type=click.Path(path_type=Path), help="Class names, one a line, instead of the bundle's.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@json_option
+def classify(bundle: Path, images: tuple[Path, ...], top: int, labels: Path | None, device: Any, as_json: bool) -> None:
+    """Classify IMAGES with a bundle."""
+    from rxdeploy import runtime
+    from rxdeploy.terminal import classification_table
+
+    session = runtime.load(bundle, device, labels)
+    manifest = session.bundle.manifest
+    results, failures = session.classify_files(images, top)
+    _warn_synthetic(manifest.weights.kind, manifest.weights.source)
+    if as_json:
+        from dataclasses import asdict
+
+        _print_json(
+            {
+                "model": manifest.model,
+                "weights": manifest.weights.source,
+                "device": session.device,
+                "images": [
+                    {"image": str(path), "predictions": [asdict(prediction) for prediction in predictions]}
+                    for path, predictions in results
+                ],
+                "errors": [str(failure) for failure in failures],
+            }
+        )
+    else:
+        _print(classification_table(results))
+    for failure in failures[:-1]:
+        _complain(str(failure))
+    if failures:
+        raise failures[-1]
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@json_option
+def inspect(bundle: Path, as_json: bool) -> None:
+    """Check a bundle's digests and show what is in it."""
+    import json
+
+    from rxdeploy.engines.bundle import manifest_json, open_bundle
+
+    opened = open_bundle(bundle)
+    if as_json:
+        return _print_json(json.loads(manifest_json(opened.manifest)))
+    from rxdeploy.terminal import describe_bundle
+
+    click.echo(describe_bundle(opened, whole=True))
+
+
+@cli.command()
+@click.option("--clear", is_flag=True, help="Remove everything in it, downloaded weights included.")
+def cache(clear: bool) -> None:
+    """Show the cache: where it is, how large, and its limit."""
+    from rxdeploy.cache import open_cache
+
+    with open_cache() as opened:
+        if clear:
+            opened.clear()
+        entries, size = opened.usage()
+        click.echo(
+            f"{opened.folder}: {entries} stage results, {size / 1e9:.2f} GB of at most {opened.limit / 1e9:g} GB"
+        )
+
+
+def _request(
+    model: str,
+    precision: Any,
+    weights: str | None,
+    input_kind: str,
+    batch: tuple[str, ...] = (),
+    target: Any = "onnxruntime",
+    labels: Path | None = None,
+    workspace: int | None = None,
+    opt_level: int | None = None,
+    compute_capability: tuple[str, ...] = (),
+    **flags: bool,
+) -> Request:
+    from rxdeploy.cards import find_card
+    from rxdeploy.engines.options import DEFAULT_PROFILES, EngineOptions, Profile
+    from rxdeploy.pipeline import Request
+
+    card: ModelCard = find_card(model)
+    profiles = tuple(dict.fromkeys(Profile.parse(text) for text in batch)) or DEFAULT_PROFILES
+    engine = EngineOptions(
+        profiles=profiles,
+        workspace_mib=workspace,
+        optimization_level=opt_level,
+        compute_capabilities=compute_capability,
+        **flags,
+    )
+    return Request(
+        card=card,
+        precision=precision,
+        input_kind=input_kind,
+        weights=weights,
+        target=target,
+        engine=engine,
+        labels=labels,
+        command=("rxdeploy", *sys.argv[1:]),
+    )
+
+
+def _refuse_existing(output: Path, overwrite: bool) -> None:
+    if output.is_dir():
+        raise InputError(f"output {output}: is a folder; choose a file name with -o")
+    if output.exists() and not overwrite:
+        raise InputError(f"output {output}: exists; choose another with -o, or pass --overwrite")
+
+
+def _warn_synthetic(kind: str, source: str) -> None:
+    if kind == "synthetic":
+        click.echo(f"SYNTHETIC WEIGHTS ({source}): made up, not trained; predictions mean nothing.", err=True)
+
+
+def _plain(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _print(renderable: Any) -> None:
+    from rxdeploy.terminal import stdout
+
+    stdout().print(renderable)
+
+
+def _print_json(value: Any) -> None:
+    import json
+
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))

@@ -1,0 +1,146 @@
+"""What this machine has, what each missing piece would add, and the command that installs it."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from rxdeploy.engines.flavours import FLAVOURS, Choice, Flavour, choose, lacking
+from rxdeploy.engines.gpu import find_driver
+from rxdeploy.engines.options import EngineOptions
+from rxdeploy.errors import RxDeployError
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One piece: `state` is for the eye, `detail` says what was found, `adds` and `install` what to do about it."""
+
+    piece: str
+    state: Literal["ok", "missing", "unusable"]
+    detail: str
+    adds: str = ""
+    install: str = ""
+
+
+# Piece, module, pip packages that bring it, what it adds, how to install it.
+_PACKAGES = (
+    ("PyTorch", "torch", ("torch",), "reading checkpoints, validation", "build"),
+    ("ONNX", "onnx", ("onnx",), "export", "build"),
+    ("onnx-ir", "onnx_ir", ("onnx-ir",), "export and graph passes", "build"),
+    ("safetensors", "safetensors", ("safetensors",), "reading .safetensors weights", "build"),
+    ("CUDA Python", "cuda.bindings", ("cuda-bindings",), "running plans on a GPU", "gpu"),
+)
+
+
+def examine() -> list[Finding]:
+    """Look at everything rxdeploy can use. Imports ONNX Runtime, nothing heavier."""
+    driver = find_driver()
+    findings = [_driver_finding()]
+    findings += [
+        Finding(
+            "GPU",
+            "ok",
+            f"{gpu.name}, compute capability {'.'.join(map(str, gpu.compute_capability))}, "
+            f"{gpu.memory / 2**30:.0f} GiB",
+        )
+        for gpu in driver.gpus
+    ]
+    findings += [_flavour_finding(flavour) for flavour in FLAVOURS]
+    findings.append(_onnxruntime_finding())
+    findings += [_package_finding(*package) for package in _PACKAGES]
+    return findings
+
+
+def automatic_target() -> Choice:
+    """What `--target auto` would take here."""
+    return choose("auto", EngineOptions())
+
+
+def _driver_finding() -> Finding:
+    driver = find_driver()
+    adds = "running plans, full TensorRT, and GPU timing; building TensorRT-RTX plans works without"
+    if driver.problem:
+        return Finding("NVIDIA driver", "missing", driver.problem, adds, "install NVIDIA's driver for your GPU")
+    cuda = ".".join(map(str, driver.cuda_version)) if driver.cuda_version else "unknown"
+    return Finding("NVIDIA driver", "ok", f"CUDA {cuda}, {len(driver.gpus)} GPU(s)")
+
+
+def _flavour_finding(flavour: Flavour) -> Finding:
+    adds = {
+        "tensorrt": "plans whose kernels were timed on the GPU they run on",
+        "tensorrt-rtx": "plans built on any machine, without a GPU, for compute capability 8.0 and later",
+    }[flavour.name]
+    version = flavour.version()
+    if problem := lacking(flavour, version, find_driver()):
+        return Finding(flavour.name, "missing" if version is None else "unusable", problem, adds, flavour.install)
+    if problem := self_test(flavour):
+        return Finding(flavour.name, "unusable", problem, adds, flavour.install)
+    return Finding(flavour.name, "ok", f"version {version}; built a one-layer engine")
+
+
+def self_test(flavour: Flavour) -> str | None:
+    """Build a one-layer engine with `flavour`; what went wrong, or None."""
+    from rxdeploy.engines.builder import build_plan
+
+    try:
+        import onnx_ir as ir
+    except ModuleNotFoundError:
+        return "not tested: onnx-ir is missing; pip install 'rxdeploy[build]' adds it"
+    image = ir.Value(name="image", shape=ir.Shape(("batch", 4)), type=ir.TensorType(ir.DataType.FLOAT16))
+    relu = ir.node("Relu", [image])
+    output = relu.outputs[0]
+    output.name, output.shape, output.dtype = "logits", image.shape, ir.DataType.FLOAT16
+    graph = ir.Graph([image], [output], nodes=[relu], opset_imports={"": 21}, name="self_test")
+    try:
+        build_plan(ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString(), flavour, EngineOptions())
+    except RxDeployError as error:
+        return str(error)
+    return None
+
+
+def _onnxruntime_finding() -> Finding:
+    adds = "validation, and running bundles without TensorRT"
+    installed = [name for name in ("onnxruntime", "onnxruntime-gpu") if _version((name,))]
+    if not installed:
+        return Finding("ONNX Runtime", "missing", "not installed", adds, "pip install 'rxdeploy[cpu]'")
+    if len(installed) == 2:
+        return Finding(
+            "ONNX Runtime",
+            "unusable",
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files",
+            adds,
+            "pip uninstall onnxruntime onnxruntime-gpu, then pip install 'rxdeploy[cpu]' or 'rxdeploy[gpu]'",
+        )
+    try:
+        providers = ", ".join(importlib.import_module("onnxruntime").get_available_providers())
+    except (ImportError, OSError, AttributeError) as error:
+        return Finding("ONNX Runtime", "unusable", f"does not load: {error}", adds, f"pip install -U {installed[0]}")
+    return Finding("ONNX Runtime", "ok", f"{installed[0]} {_version(tuple(installed))}: {providers}")
+
+
+def _package_finding(piece: str, module: str, packages: tuple[str, ...], adds: str, extra: str) -> Finding:
+    try:
+        found = importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # a parent package is missing
+        found = False
+    if found:
+        return Finding(piece, "ok", f"version {_version(packages) or 'unknown'}")
+    return Finding(piece, "missing", "not installed", adds, f"pip install 'rxdeploy[{extra}]'")
+
+
+def _version(packages: tuple[str, ...]) -> str | None:
+    for package in packages:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def as_facts(findings: list[Finding], choice: Choice) -> dict[str, Any]:
+    """For --json."""
+    target = choice.flavour.name if choice.flavour else "onnxruntime"
+    return {"pieces": [asdict(finding) for finding in findings], "auto": {"target": target, "reason": choice.reason}}

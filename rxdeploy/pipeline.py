@@ -1,0 +1,494 @@
+"""The stages in order, from a card to a bundle, and what each keeps in the cache.
+
+    weights -> export -> precision -> engine -> bundle
+                  |          |
+               validate   validate
+
+A stage's cache key names everything that determines its result: the card, the weights, the options, the
+versions of the tools, and rxdeploy's own code. Keys are made of the keys before them, so that a build in
+which nothing changed looks its results up without computing, or reading, anything in between.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import platform
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rxdeploy import __version__, atomic
+from rxdeploy.cache import Cache, Entry, recipe_digest
+from rxdeploy.cards import ModelCard, read_labels
+from rxdeploy.engines import bundle as bundles
+from rxdeploy.engines.bundle import Bundle, Manifest, Precision
+from rxdeploy.engines.flavours import Choice, Target, choose
+from rxdeploy.engines.gpu import find_driver
+from rxdeploy.engines.options import EngineOptions
+from rxdeploy.errors import CheckFailed, EnvironmentLacks, missing_module
+from rxdeploy.export.architecture import count_multiply_adds, count_parameters, resnext
+from rxdeploy.export.weights import StateDict, WeightsSource, check_parameters, load_weights, resolve_weights
+
+MODEL = bundles.MODEL
+# Packages whose version can change what a stage computes, and which the manifest records.
+TOOLS = ("numpy", "torch", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "Pillow")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to build."""
+
+    card: ModelCard
+    precision: Precision = "fp16"
+    input_kind: str = "uint8"
+    weights: str | None = None  # as --weights takes it
+    target: Target = "auto"
+    engine: EngineOptions = field(default_factory=EngineOptions)
+    labels: Path | None = None
+    command: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What the output says of a stage that is done."""
+
+    name: str
+    seconds: float
+    reused: bool
+    detail: str
+
+
+class Reporter:
+    """Told what happens; the command line's prints it. Every method may be ignored."""
+
+    def started(self, stage: str) -> None:
+        """A stage that may take a while begins."""
+
+    def finished(self, stage: Stage) -> None:
+        """A stage is done."""
+
+    def progress(self, text: str, fraction: float | None) -> None:
+        """Inside a stage: what it does, and how far it is (0 to 1, None when unknown)."""
+
+
+class Pipeline:
+    """One build. Every method is a stage; it runs the stages it needs, once, or finds them in the cache."""
+
+    def __init__(self, request: Request, cache: Cache, reporter: Reporter | None = None) -> None:
+        check_parameters(request.card)
+        self.request = request
+        self.cache = cache
+        self.reporter = reporter or Reporter()
+        self.stages: list[Stage] = []
+        self._network = resnext(request.card)
+
+    # Weights
+
+    @functools.cached_property
+    def source(self) -> WeightsSource:
+        """Where the weights come from; fetches published ones."""
+
+        def on_bytes(done: int, total: int | None) -> None:
+            self.reporter.progress("downloading weights", done / total if total else None)
+
+        return resolve_weights(self.request.card, self.request.weights, self.cache.folder / "weights", on_bytes)
+
+    @functools.cached_property
+    def _weights(self) -> StateDict:
+        self.reporter.progress(
+            "making synthetic weights" if self.source.kind == "synthetic" else "reading weights", None
+        )
+        return load_weights(self.request.card, self.source)
+
+    def weights(self) -> StateDict:
+        """The weights themselves, read when a stage first needs them."""
+        return self._weights
+
+    # Export
+
+    @functools.cached_property
+    def _export_key(self) -> str:
+        return recipe_digest(
+            card=self.request.card.digest,
+            weights=self.source.identity,
+            input=self.request.input_kind,
+            code=code_digest(),
+            # Synthetic weights are made with torch and Pillow.
+            tools=versions("numpy", "onnx", "onnx-ir", "torch", "Pillow"),
+        )
+
+    def export(self) -> Entry:
+        """The float32 model: model.onnx."""
+        with self._stage("export") as done:
+            entry = self._export(verify=False)
+            return done(entry, f"float32 ONNX, {file_size(entry.folder / MODEL)}")
+
+    def _export(self, verify: bool) -> Entry:
+        def produce(folder: Path) -> dict[str, Any]:
+            from rxdeploy.export.graph import build_graph, serialise
+
+            weights = self.weights()
+            self.reporter.progress("building the graph", None)
+            model = build_graph(self.request.card, weights, self.request.input_kind)  # type: ignore[arg-type]
+            (folder / MODEL).write_bytes(serialise(model))
+            return {}
+
+        return self.cache.stage("export", self._export_key, produce, verify)
+
+    # Precision
+
+    @functools.cached_property
+    def _precision_key(self) -> str:
+        return recipe_digest(model=self._export_key, precision=self.request.precision)
+
+    def precision(self) -> Entry:
+        """The model in the precision asked for: model.onnx."""
+        if self.request.precision == "fp32":
+            return self._model(verify=True)
+        with self._stage("precision") as done:
+            entry = self._model(verify=True)
+            facts = entry.facts
+            flushed = f", {facts['flushed']} rounded to zero" if facts["flushed"] else ""
+            return done(
+                entry, f"float16 ONNX, {file_size(entry.folder / MODEL)}; {facts['constants']:,} weights{flushed}"
+            )
+
+    def _model(self, verify: bool) -> Entry:
+        if self.request.precision == "fp32":
+            return self._export(verify)
+
+        def produce(folder: Path) -> dict[str, Any]:
+            import onnx_ir as ir
+
+            from rxdeploy.export.float16 import to_float16
+            from rxdeploy.export.graph import serialise
+
+            model, rounding = to_float16(ir.load(self._export(verify=True).folder / MODEL))
+            (folder / MODEL).write_bytes(serialise(model))
+            return {"constants": rounding.constants, "flushed": rounding.flushed}
+
+        return self.cache.stage("precision", self._precision_key, produce, verify)
+
+    # Validation
+
+    def validate(self, precision: Precision | None = None) -> Entry:
+        """Figures of the model against PyTorch; CheckFailed when they are beyond the limits.
+
+        `precision` "fp32" checks the export alone; by default the model that is deployed.
+        """
+        precision = precision or self.request.precision
+        with self._stage(f"validate {precision}") as done:
+            entry = self._validation(precision)
+            if not entry.facts["passed"]:
+                model = self._export(verify=True) if precision == "fp32" else self._model(verify=True)
+                raise CheckFailed(self.validation_failure(entry.facts, model.folder / MODEL, precision))
+            figures = next(iter(entry.facts["providers"].values()))["all"]
+            decided = figures["images"] - figures["ties"]
+            ties = f" ({figures['ties']} ties)" if figures["ties"] else ""
+            agreement = f"top-1 agrees on all {decided} decided of {figures['images']} images{ties}"
+            return done(entry, f"relative L2 {figures['relative_l2']:.1e} against PyTorch, {agreement}")
+
+    def _validation(self, precision: Precision) -> Entry:
+        key = recipe_digest(
+            model=self._export_key if precision == "fp32" else self._precision_key,
+            reference=self._reference_key,
+            batches=self._batches,
+            tools=versions("onnxruntime", "onnxruntime-gpu"),
+            gpus=[gpu.name for gpu in find_driver().gpus],
+        )
+
+        def produce(folder: Path) -> dict[str, Any]:
+            import numpy as np
+
+            from rxdeploy.export.validate import validate_model
+
+            reference = self._reference(verify=True)
+            model = self._export(verify=True) if precision == "fp32" else self._model(verify=True)
+            self.reporter.progress("running ONNX Runtime", None)
+            logits = np.load(reference.folder / "logits.npy")
+            return validate_model(self.request.card, model.folder / MODEL, precision, logits, self._batches)
+
+        return self.cache.stage("validate", key, produce)
+
+    @property
+    def _batches(self) -> tuple[int, ...]:
+        from rxdeploy.export.validate import validation_batches
+
+        return validation_batches(max(profile.opt for profile in self.request.engine.profiles))
+
+    @functools.cached_property
+    def _reference_key(self) -> str:
+        return recipe_digest(
+            card=self.request.card.digest,
+            weights=self.source.identity,
+            code=code_digest(),
+            tools=versions("numpy", "torch", "Pillow"),
+        )
+
+    def _reference(self, verify: bool) -> Entry:
+        """PyTorch's logits for the validation samples, and the largest magnitude each layer reaches."""
+
+        def produce(folder: Path) -> dict[str, Any]:
+            import numpy as np
+
+            from rxdeploy.export.reference import run_reference
+            from rxdeploy.export.validate import validation_samples
+
+            weights = self.weights()
+            self.reporter.progress("running PyTorch", None)
+            largest: dict[str, float] = {}
+
+            def note(layer: str, output: Any) -> None:
+                largest[layer] = max(largest.get(layer, 0.0), float(np.abs(output).max()))
+
+            logits = run_reference(self.request.card, weights, validation_samples(self.request.card).images, note)
+            np.save(folder / "logits.npy", logits)
+            return {"largest": largest}
+
+        return self.cache.stage("reference", self._reference_key, produce, verify)
+
+    def check_range(self) -> dict[str, Any]:
+        """The layer with the largest activation, against what float16 holds; CheckFailed when it overflows."""
+        from rxdeploy.export.float16 import FLOAT16_MAX
+
+        largest = self._reference(verify=False).facts["largest"]
+        layer = max(largest, key=largest.__getitem__)
+        if self.request.precision == "fp16" and not largest[layer] < FLOAT16_MAX:
+            raise CheckFailed(
+                f"float16 overflows: {layer} reaches {largest[layer]:g} in float32, float16 ends at {FLOAT16_MAX:g}; "
+                "build with --fp32"
+            )
+        return {"layer": layer, "magnitude": largest[layer]}
+
+    def validation_failure(self, facts: dict[str, Any], model: Path, precision: Precision) -> str:
+        """Why a validation failed, with the first tensor that departs."""
+        from rxdeploy.export.layers import first_departure
+
+        provider, figures = max(
+            ((provider, group["all"]) for provider, group in facts["providers"].items()),
+            key=lambda item: (item[1]["relative_l2"] != item[1]["relative_l2"], item[1]["relative_l2"]),  # NaN first
+        )
+        first = first_departure(self.compare_layers(model, precision))
+        where = (
+            f"the first tensor that departs is {first.name} (relative L2 {first.relative_l2:.2g})"
+            if first
+            else "no single layer departs: the error grows along the network"
+        )
+        return (
+            f"validation of the {precision} model on {provider} failed: relative L2 error of the logits "
+            f"{figures['relative_l2']:.2g} (limit {facts['limits']['relative_l2']:g}), {figures['flipped']} of "
+            f"{figures['images']} images change class (limit 0); {where}; "
+            "`rxdeploy validate --layers` shows every layer"
+        )
+
+    def compare_layers(self, model: Path, precision: Precision) -> list[Any]:
+        """Deviation of every layer of an ONNX file from the PyTorch module, on a photograph and noise."""
+        from rxdeploy.export.layers import compare_layers
+        from rxdeploy.export.validate import validation_samples
+
+        images = validation_samples(self.request.card).images[[0, -1]]
+        return compare_layers(self.request.card, self.weights(), model, precision, images)
+
+    def validate_file(self, path: Path) -> dict[str, Any]:
+        """Figures of a user's own ONNX file against PyTorch, passed or not."""
+        import numpy as np
+
+        from rxdeploy.export.validate import check_interface, validate_model
+
+        check_interface(self.request.card, path)
+        with self._stage("validate file") as done:
+            logits = np.load(self._reference(verify=True).folder / "logits.npy")
+            facts = validate_model(self.request.card, path, self.request.precision, logits, self._batches)
+            return done(facts, str(path))
+
+    def validate_export(self) -> tuple[dict[str, Any], Path]:
+        """Figures of the model that would be deployed, passed or not, and the model."""
+        self.export()
+        model = self.precision().folder / MODEL
+        with self._stage(f"validate {self.request.precision}") as done:
+            entry = self._validation(self.request.precision)
+            return done(entry, "passed" if entry.facts["passed"] else "failed").facts, model
+
+    def export_to(self, output: Path) -> None:
+        """Export, in the precision asked for, to an ONNX file."""
+        self.export()
+        model = self.precision()
+        with self._stage("write") as done, atomic.new_file(output) as temporary:
+            shutil.copyfile(model.folder / MODEL, temporary)
+            done(output, f"{output}, {file_size(temporary)}")
+
+    # Engine
+
+    def engine(self, choice: Choice) -> Entry | None:
+        """The TensorRT plan for `choice`: engine.plan; None when it is ONNX Runtime only."""
+        flavour = choice.flavour
+        if flavour is None:
+            return None
+        driver = find_driver()
+        gpu = None if flavour.builds_without_gpu or not driver.gpus else driver.gpus[0]
+        timing = None
+        if not flavour.builds_without_gpu:
+            gpu_name = "-".join(gpu.name.split()) if gpu else "no-gpu"
+            timing = self.cache.folder / "timing" / f"{flavour.name}-{choice.version}-{gpu_name}.cache"
+
+        def produce(folder: Path) -> dict[str, Any]:
+            from rxdeploy.engines.builder import build_plan
+
+            model = (self._model(verify=True).folder / MODEL).read_bytes()
+            plan = build_plan(model, flavour, self.request.engine, self.reporter.progress, timing)
+            (folder / bundles.PLAN).write_bytes(plan.data)
+            return plan.facts
+
+        key = recipe_digest(
+            model=self._precision_key if self.request.precision != "fp32" else self._export_key,
+            options=self.request.engine.as_facts(),
+            flavour=flavour.name,
+            version=choice.version,
+            gpu=gpu and [gpu.name, gpu.compute_capability],
+            driver=gpu and driver.cuda_version,
+        )
+        with self._stage("engine") as done:
+            entry = self.cache.stage("engine", key, produce)
+            where = "" if driver.gpus else ", built without a GPU"
+            size = file_size(entry.folder / bundles.PLAN)
+            return done(entry, f"{flavour.name} {choice.version} plan, {size}{where}")
+
+    # Bundle
+
+    def build(self, output: Path, overwrite: bool = False) -> Bundle:
+        """Everything: export, precision, validation, engine, and the bundle at `output`."""
+        request = self.request
+        bundles.check_destination(output, request.card.name, request.precision, overwrite)
+        choice = choose(request.target, request.engine)
+        labels = self._labels()
+        self.export()
+        if request.precision != "fp32":
+            self.validate("fp32")
+        model = self.precision()
+        largest = self.check_range()
+        validation = self.validate()
+        engine = self.engine(choice)
+        with self._stage("bundle") as done:
+            files: dict[str, Path | bytes] = {MODEL: model.folder / MODEL}
+            if engine:
+                files[bundles.PLAN] = engine.folder / bundles.PLAN
+            if labels:
+                files[bundles.LABELS] = ("\n".join(labels) + "\n").encode()
+            facts = validation.facts | {"largest_activation": largest}
+            manifest = self._manifest(choice, facts, engine.facts if engine else None)
+            bundle = bundles.write_bundle(output, manifest, files, overwrite)
+            total = sum(file.bytes for file in bundle.manifest.files.values())
+            return done(bundle, f"{output}, {megabytes(total)}")
+
+    def _labels(self) -> tuple[str, ...] | None:
+        card = self.request.card
+        if self.request.labels is not None:
+            return read_labels(self.request.labels, card.architecture.num_classes)
+        return card.class_names()
+
+    def _manifest(self, choice: Choice, validation: dict[str, Any], engine: dict[str, Any] | None) -> Manifest:
+        request, card = self.request, self.request.card
+        size, classes = card.input.image_size, card.architecture.num_classes
+        profiles = request.engine.profiles
+        batch = (min(p.min for p in profiles), max(p.max for p in profiles)) if engine else None
+        image = (
+            bundles.Tensor(name="image", dtype="uint8", layout="NHWC", shape=(None, size, size, 3), batch=batch)
+            if request.input_kind == "uint8"
+            else bundles.Tensor(name="input", dtype="float32", layout="NCHW", shape=(None, 3, size, size), batch=batch)
+        )
+        logits = bundles.Tensor(name="logits", dtype="float32", layout="NC", shape=(None, classes), batch=batch)
+        gpus = find_driver().gpus
+        return Manifest(
+            schema=bundles.SCHEMA,
+            model=card.name,
+            precision=request.precision,
+            target=bundles.TargetFacts(
+                name=choice.flavour.name if choice.flavour else "onnxruntime",
+                version=choice.version,
+                reason=choice.reason,
+                gpu=gpus[0].name if gpus else None,
+            ),
+            weights=self.source.origin,
+            card=bundles.card_facts(card),
+            counts=bundles.Counts(
+                parameters=count_parameters(self._network), multiply_adds=count_multiply_adds(self._network)
+            ),
+            preprocessing=card.input,
+            normalisation_in_graph=request.input_kind == "uint8",
+            num_classes=classes,
+            inputs=(image,),
+            outputs=(logits,),
+            validation=validation,
+            engine=engine,
+            tools={"rxdeploy": __version__, "python": platform.python_version(), **versions(*TOOLS)},
+            command=request.command,
+            files={},
+        )
+
+    def _stage(self, name: str) -> _StageTimer:
+        return _StageTimer(self, name)
+
+
+class _StageTimer:
+    """Times a stage, reports it, and puts a name to what a missing package or a full disk did to it."""
+
+    def __init__(self, pipeline: Pipeline, name: str) -> None:
+        self._pipeline, self._name = pipeline, name
+
+    def __enter__(self) -> Callable[[Any, str], Any]:
+        self._start = time.perf_counter()
+        self._pipeline.reporter.started(self._name)
+        return self._done
+
+    def _done(self, result: Any, detail: str) -> Any:
+        reused = isinstance(result, Entry) and result.reused
+        stage = Stage(self._name, time.perf_counter() - self._start, reused, detail)
+        self._pipeline.stages.append(stage)
+        self._pipeline.reporter.finished(stage)
+        return result
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        from rxdeploy.errors import from_os_error
+
+        if isinstance(error, ModuleNotFoundError):
+            raise missing_module(error) from None
+        if isinstance(error, MemoryError):
+            raise EnvironmentLacks(f"{self._name}: not enough memory") from None
+        if isinstance(error, OSError):
+            raise from_os_error(error, self._name) from None
+
+
+@functools.cache
+def code_digest() -> str:
+    """sha256 of rxdeploy's own code and data: a changed program does not reuse what the old one computed."""
+    root = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted([*root.rglob("*.py"), *root.rglob("*.jpg")]):
+        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """The installed versions of those of `packages` that are installed, without importing them."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def file_size(path: Path) -> str:
+    """A file's size for people."""
+    return megabytes(path.stat().st_size)
+
+
+def megabytes(size: int) -> str:
+    """Bytes for people: 167.3 MB (10^6 bytes, as the card and pip count)."""
+    return f"{size / 1e6:.1f} MB"

@@ -1,0 +1,209 @@
+"""What people see: stage lines and progress bars on stderr, tables for stdout."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from rxdeploy.engines.bundle import Bundle, Manifest
+from rxdeploy.pipeline import Reporter, Stage, megabytes
+from rxdeploy.runtime import Prediction
+
+PIPE_WIDTH = 160  # columns of a table that goes to a file or a pipe
+
+
+def stdout() -> Console:
+    """The console for results."""
+    return Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
+
+
+class TerminalReporter(Reporter):
+    """A line on stderr for each finished stage; on a terminal, a live bar for the one that runs."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else PIPE_WIDTH)
+        self._bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TimeElapsedColumn(),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+        )
+
+    def __enter__(self) -> TerminalReporter:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def started(self, stage: str) -> None:
+        self._clear()
+        self._bar.add_task(stage, total=None)
+
+    def finished(self, stage: Stage) -> None:
+        self._clear()
+        took = "reused" if stage.reused else f"{stage.seconds:.1f} s"
+        self._console.print(f"{stage.name:<14} {took:>7}  {escape(stage.detail)}", soft_wrap=True)
+
+    def progress(self, text: str, fraction: float | None) -> None:
+        if not self._bar.task_ids:
+            self._bar.add_task(text, total=None)
+        task = self._bar.task_ids[-1]
+        if fraction is None:
+            self._bar.update(task, description=text, total=None)
+        else:
+            self._bar.update(task, description=text, total=1.0, completed=fraction)
+
+    def _clear(self) -> None:
+        for task in self._bar.task_ids:
+            self._bar.remove_task(task)
+
+
+def stage_facts(stage: Stage) -> dict[str, Any]:
+    """A stage for --json."""
+    return {"stage": stage.name, "seconds": round(stage.seconds, 3), "reused": stage.reused, "detail": stage.detail}
+
+
+def describe_bundle(bundle: Bundle, whole: bool = False) -> str:
+    """A bundle for people, a fact a line: its main facts, or with `whole` all of them."""
+    manifest = bundle.manifest
+    rows: list[tuple[str, str]] = [
+        ("bundle", str(bundle.path)),
+        ("model", f"{manifest.model}, {manifest.precision}"),
+        ("weights", _weights(manifest)),
+        ("runs on", _engine(manifest)),
+        ("input", _tensors(manifest.inputs)),
+        ("output", _tensors(manifest.outputs)),
+        ("validated", _validation(manifest)),
+        (
+            "counted",
+            f"{manifest.counts.parameters:,} parameters, {manifest.counts.multiply_adds:,} multiply-adds an image",
+        ),
+    ]
+    if whole:
+        rows += [("chosen", manifest.target.reason), *_claims(manifest)]
+        rows += [("tools", ", ".join(f"{name} {version}" for name, version in manifest.tools.items()))]
+        rows += [("command", shlex.join(manifest.command))]
+    rows += [
+        (name, f"{megabytes(file.bytes)}, sha256 {file.sha256 if whole else file.sha256[:8]}")
+        for name, file in manifest.files.items()
+    ]
+    return "\n".join(f"{name:<14} {text}" for name, text in rows)
+
+
+def _claims(manifest: Manifest) -> list[tuple[str, str]]:
+    card, inputs = manifest.card, manifest.preprocessing
+    rows = [
+        (
+            "preprocessing",
+            f"shorter side to {int(inputs.image_size / inputs.crop_pct)}, {inputs.interpolation}, centre crop "
+            f"{inputs.image_size}; mean {list(inputs.mean)}, std {list(inputs.std)} "
+            + ("in the graph" if manifest.normalisation_in_graph else "before the graph"),
+        )
+    ]
+    if card.figures.flops:
+        rows.append(("card FLOPs", f"{card.figures.flops:,} (the card's own unit, see docs/flops.md)"))
+    if card.accuracy:
+        top5 = f", top-5 {card.accuracy.top5:g}%" if card.accuracy.top5 is not None else ""
+        rows.append(
+            (
+                "card accuracy",
+                f"top-1 {card.accuracy.top1:g}%{top5} on {card.accuracy.dataset}, of the published weights",
+            )
+        )
+    return rows
+
+
+def _weights(manifest: Manifest) -> str:
+    weights = manifest.weights
+    if weights.kind == "synthetic":
+        return f"SYNTHETIC ({weights.source}): made up, not trained"
+    licence = f", licence {weights.licence}" if weights.licence else ""
+    return f"{weights.kind}: {weights.source}, sha256 {(weights.sha256 or '')[:8]}{licence}"
+
+
+def _engine(manifest: Manifest) -> str:
+    target = manifest.target
+    if manifest.engine is None:
+        return f"ONNX Runtime ({target.reason})"
+    profiles = "; ".join(
+        f"{p['opt']}" if p["min"] == p["max"] else f"{p['min']} to {p['max']}, best at {p['opt']}"
+        for p in manifest.engine["profiles"]
+    )
+    return f"{target.name} {target.version} (batch {profiles}), and ONNX Runtime"
+
+
+def _tensors(tensors: Sequence[Any]) -> str:
+    return "; ".join(
+        f"{t.name}: {t.dtype} {t.layout} ({', '.join('batch' if size is None else str(size) for size in t.shape)})"
+        for t in tensors
+    )
+
+
+def _validation(manifest: Manifest) -> str:
+    parts = []
+    for provider, figures in manifest.validation["providers"].items():
+        overall = figures["all"]
+        parts.append(
+            f"{provider.removesuffix('ExecutionProvider')} against {manifest.validation['reference']}: relative L2 "
+            f"{overall['relative_l2']:.1e}, max error {overall['max_abs_error']:.2g}, "
+            f"{overall['flipped']} of {overall['images']} images change class"
+        )
+    return "; ".join(parts) + (
+        ", engine.plan itself not run (no GPU here)" if manifest.engine and not manifest.target.gpu else ""
+    )
+
+
+def validation_table(facts: dict[str, Any]) -> Table:
+    """Deviations of a validation, by provider, kind of image and batch size."""
+    table = Table("provider", "images", "max abs error", "relative L2", "top-1 agreement", "ties", "flipped")
+    for provider, figures in facts["providers"].items():
+        groups = {name: group for name, group in figures.items() if name != "by_batch"}
+        groups |= {f"batch {size}": group for size, group in figures["by_batch"].items()}
+        for name, group in groups.items():
+            table.add_row(
+                provider.removesuffix("ExecutionProvider"),
+                f"{name} ({group['images']})",
+                f"{group['max_abs_error']:.3g}",
+                f"{group['relative_l2']:.3g}",
+                f"{group['top1_agreement']:.1%}",
+                str(group["ties"]),
+                str(group["flipped"]),
+            )
+    table.caption = f"limits: relative L2 {facts['limits']['relative_l2']:g}, flipped 0"
+    return table
+
+
+def layer_table(layers: Sequence[Any]) -> Table:
+    """Every layer's deviation; those beyond the limit are marked."""
+    table = Table("tensor", "largest", "max abs error", "relative L2", "")
+    for layer in layers:
+        mark = "[red]departs[/]" if layer.departs else ""
+        table.add_row(
+            layer.name, f"{layer.largest:.3g}", f"{layer.max_abs_error:.3g}", f"{layer.relative_l2:.3g}", mark
+        )
+    return table
+
+
+def classification_table(results: Sequence[tuple[Path, Sequence[Prediction]]]) -> Table:
+    """The best classes of each image."""
+    table = Table("image", "rank", "class", "name", "probability")
+    for path, predictions in results:
+        for rank, p in enumerate(predictions, start=1):
+            name = escape(str(path)) if rank == 1 else ""
+            table.add_row(name, str(rank), str(p.index), escape(p.label or "-"), f"{p.probability:.2%}")
+    return table
