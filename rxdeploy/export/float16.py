@@ -40,7 +40,7 @@ def to_float16(model: ir.Model) -> tuple[ir.Model, Rounding]:
                 node.attributes[name] = ir.AttrInt64(name, ir.DataType.FLOAT16)
         for output in node.outputs:
             if output.dtype in (None, ir.DataType.FLOAT):
-                output.dtype = ir.DataType.FLOAT16
+                _retype(output, ir.DataType.FLOAT16)
     for value in graph.inputs:
         if value.dtype == ir.DataType.FLOAT:
             _cast_input(graph, value)
@@ -65,13 +65,18 @@ def _round_constants(graph: ir.Graph) -> Rounding:
         constants += array.size
         flushed += int(np.count_nonzero(array)) - int(np.count_nonzero(half))
         value.const_value = ir.tensor(half, name=name)
-        value.dtype = ir.DataType.FLOAT16
+        _retype(value, ir.DataType.FLOAT16)
     if overflow:
         raise CheckFailed(
             f"float16 holds magnitudes up to {FLOAT16_MAX:g}, and these weights are beyond it: {', '.join(overflow)}; "
             "build with --fp32"
         )
     return Rounding(constants, flushed)
+
+
+def _retype(value: ir.Value, dtype: ir.DataType) -> None:
+    """Give `value` a type of its own: a clone shares its type objects, which setting `dtype` would change in both."""
+    value.type = ir.TensorType(dtype)
 
 
 def _cast_input(graph: ir.Graph, value: ir.Value) -> None:
