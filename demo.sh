@@ -11,6 +11,20 @@ cd demo
 say "1. What is on this machine, and what each missing piece would add."
 "$rx" doctor
 
+cat <<'EOF'
+
+# How to read a build. Stages, with the time each took ("reused" when the cache had it):
+#   export         the model as a float32 ONNX graph, batch-norms folded in
+#   validate fp32  that graph on ONNX Runtime against PyTorch, on photographs and noise: how far the outputs differ,
+#                  and whether any image changes its class (ties: PyTorch itself hardly prefers one of two classes)
+#   precision      the graph in float16; how many weights were rounded, and how many of them to zero
+#   validate fp16  the float16 graph against PyTorch
+#   engine         the TensorRT plan
+#   bundle         the folder with model, plan, labels and manifest, moved into place whole
+# Then what the bundle is: whose weights are in it, what it runs on, what goes in and comes out, how far the deployed
+# model is from PyTorch, what was counted in it, and its files.
+EOF
+
 say "2. A small ResNeXt trained on handwritten digits: export to ONNX, check against PyTorch, make it float16," \
     "check again, build a TensorRT engine, and put everything into one folder, the bundle."
 "$rx" build digits_resnext14_8x8d --fp16

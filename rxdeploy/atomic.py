@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import shutil
 import uuid
@@ -24,11 +25,11 @@ def _temporary_name(destination: Path) -> Path:
 
 
 @contextlib.contextmanager
-def new_folder(destination: Path, replace: bool = False) -> Iterator[Path]:
+def new_folder(destination: Path) -> Iterator[Path]:
     """A folder to fill, which becomes `destination` when the block ends without an error.
 
-    An existing `destination` is exchanged with the new folder in one step when `replace` is true;
-    otherwise it is a FileExistsError. On an error, Ctrl-C included, nothing is left behind.
+    An existing `destination` is exchanged with the new folder in one step. On an error, Ctrl-C included,
+    nothing is left behind.
     """
     destination.parent.mkdir(parents=True, exist_ok=True)
     sweep(destination.parent)
@@ -36,10 +37,12 @@ def new_folder(destination: Path, replace: bool = False) -> Iterator[Path]:
     folder.mkdir()
     try:
         yield folder
-        if replace and destination.is_dir():
+        try:
+            os.rename(folder, destination)  # works when it is absent or empty
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
             _exchange(folder, destination)
-        else:
-            os.rename(folder, destination)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -48,6 +51,7 @@ def new_folder(destination: Path, replace: bool = False) -> Iterator[Path]:
 def new_file(destination: Path) -> Iterator[Path]:
     """A path to write to, which becomes `destination` (replacing it) when the block ends without an error."""
     destination.parent.mkdir(parents=True, exist_ok=True)
+    sweep(destination.parent)
     temporary = _temporary_name(destination)
     try:
         yield temporary
@@ -75,7 +79,7 @@ def _alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
+    except (PermissionError, OverflowError):  # somebody else's; or no process id of this system
         pass
     return True
 
@@ -93,7 +97,7 @@ def _exchange(new: Path, old: Path) -> None:
     os.rename(old, aside)
     try:
         os.rename(new, old)
-    except OSError:
+    except BaseException:  # Ctrl-C too: the old folder must get its name back
         os.rename(aside, old)
         raise
     os.rename(aside, new)

@@ -99,10 +99,11 @@ class Cache:
                 entry = self._lookup(folder, verify)
                 if entry is not None:
                     return entry
-            with atomic.new_folder(folder, replace=True) as new:
+            with atomic.new_folder(folder) as new:
                 facts = produce(new)
                 files = {path.name: [path.stat().st_size, sha256_of(path)] for path in sorted(new.iterdir())}
-                (new / _ENTRY).write_text(json.dumps({"facts": facts, "files": files}))
+                body = json.dumps({"facts": facts, "files": files})
+                (new / _ENTRY).write_text(f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}")
             self._made.add(folder.name)
             entry = self._lookup(folder, verify=False)
             assert entry is not None, "an entry just written can be read"
@@ -117,13 +118,16 @@ class Cache:
             return None
         fcntl.flock(file, fcntl.LOCK_SH)
         try:
-            record = json.loads(file.read())
-            for name, (size, digest) in record["files"].items():
+            digest, _, body = file.read().partition(b"\n")
+            if hashlib.sha256(body).hexdigest().encode() != digest:
+                raise ValueError(f"{file.name} is damaged")
+            record = json.loads(body)
+            for name, (size, sha256) in record["files"].items():
                 path = folder / name
-                if path.stat().st_size != size or (verify and sha256_of(path) != digest):
+                if path.stat().st_size != size or (verify and sha256_of(path) != sha256):
                     raise ValueError(f"{path} is damaged")
             os.utime(folder / _ENTRY)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError):
             # Altered, or evicted since it was opened: either way it has to be made again.
             file.close()
             return None
@@ -139,7 +143,8 @@ class Cache:
         for folder in (self.folder / "stages").iterdir():
             with contextlib.suppress(OSError):
                 size = sum(path.stat().st_size for path in folder.iterdir())
-                entries.append(((folder / _ENTRY).stat().st_mtime, size, folder))
+                record = folder / _ENTRY
+                entries.append((record.stat().st_mtime if record.exists() else 0.0, size, folder))
         total = sum(size for _, size, _ in entries)
         for _, size, folder in sorted(entries):
             if total <= self.limit:
@@ -149,8 +154,12 @@ class Cache:
 
     def usage(self) -> tuple[int, int]:
         """Number of entries and their size in bytes, downloaded weights included."""
-        files = [path for path in self.folder.rglob("*") if path.is_file()]
-        return sum(path.name == _ENTRY for path in files), sum(path.stat().st_size for path in files)
+        entries = size = 0
+        for path in self.folder.rglob("*"):
+            with contextlib.suppress(OSError):  # another process may be evicting it
+                size += path.stat().st_size if path.is_file() else 0
+                entries += path.name == _ENTRY
+        return entries, size
 
     def clear(self) -> None:
         """Remove everything that is not in use by another process."""
@@ -180,8 +189,9 @@ def _waiting_lock(path: Path, stage: str) -> Iterator[None]:
 def _remove_unused(folder: Path) -> bool:
     """Remove an entry unless some process holds it."""
     try:
-        with (folder / _ENTRY).open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with (folder / _ENTRY).open("rb") if (folder / _ENTRY).exists() else contextlib.nullcontext() as file:
+            if file:  # an entry without its record is no entry, and nobody uses it
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Out of its name first: a reader then sees a whole entry or none.
             doomed = folder.with_name(f".{folder.name}.rxdeploy-tmp-{os.getpid()}-evicted")
             os.rename(folder, doomed)

@@ -6,8 +6,8 @@ Everything heavy is imported inside the command that needs it, so that `rxdeploy
 from __future__ import annotations
 
 import logging
-import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -33,31 +33,36 @@ def main() -> NoReturn:
 def run(arguments: list[str]) -> int:
     """Run the command line and return its exit code."""
     try:
-        cli.main(arguments, prog_name="rxdeploy", standalone_mode=False)
+        cli.main(arguments, prog_name="rxdeploy", standalone_mode=False, obj=tuple(arguments))
     except click.exceptions.Exit as error:
         return error.exit_code
     except click.ClickException as error:
         error.show()
         return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
+    except (click.Abort, KeyboardInterrupt) as error:
+        if isinstance(error.__cause__, EOFError):  # click takes it for an end of input at a prompt; we have none
+            return _unexpected(error.__cause__)
         _complain("interrupted; nothing was left half done")
         return INTERRUPTED
     except RxDeployError as error:
         _complain(str(error))
         return error.exit_code
-    except BrokenPipeError:
-        # The reader went away (`| head`): not an error, but stdout must not be flushed again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except SystemExit:
+        # click's way to say that the reader of stdout went away (`| head`), which is no error.
         return 0
     except OSError as error:
         failure = from_os_error(error, "rxdeploy")
         _complain(str(failure))
         return failure.exit_code
     except Exception as error:
-        logging.getLogger("rxdeploy").debug("unexpected", exc_info=True)
-        _complain(f"unexpected {type(error).__name__}: {error}; this is a bug in rxdeploy: -v shows where")
-        return INTERNAL
+        return _unexpected(error)
     return 0
+
+
+def _unexpected(error: BaseException) -> int:
+    logging.getLogger("rxdeploy").debug("unexpected", exc_info=error)
+    _complain(f"unexpected {type(error).__name__}: {error}; this is a bug in rxdeploy: -v shows where")
+    return INTERNAL
 
 
 def _complain(text: str) -> None:
@@ -70,6 +75,7 @@ def _complain(text: str) -> None:
 def cli(verbose: int) -> None:
     """Compile Gluon ResNeXt classifiers into validated TensorRT engines, and run them."""
     level = (logging.WARNING, logging.DEBUG)[min(verbose, 1)]
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged metadata, which does not concern the picture
     logging.basicConfig(level=level, stream=sys.stderr, format="%(name)s: %(message)s", force=True)
     for name in ("rxdeploy.tensorrt", "PIL", "httpx", "httpcore", "filelock", "onnx_ir", "onnxscript"):
         logging.getLogger(name).setLevel(logging.DEBUG if verbose > 1 else logging.WARNING)
@@ -396,7 +402,7 @@ def _request(
         target=target,
         engine=engine,
         labels=labels,
-        command=("rxdeploy", *sys.argv[1:]),
+        command=("rxdeploy", *click.get_current_context().obj),
     )
 
 
@@ -425,6 +431,7 @@ def _print(renderable: Any) -> None:
 
 
 def _print_json(value: Any) -> None:
-    import json
+    import msgspec
 
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    # msgspec writes NaN and infinity as null, which JSON has no word for.
+    click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())

@@ -31,12 +31,11 @@ _PACKAGES = (
     ("ONNX", "onnx", ("onnx",), "export", "build"),
     ("onnx-ir", "onnx_ir", ("onnx-ir",), "export and graph passes", "build"),
     ("safetensors", "safetensors", ("safetensors",), "reading .safetensors weights", "build"),
-    ("CUDA Python", "cuda.bindings", ("cuda-bindings",), "running plans on a GPU", "gpu"),
 )
 
 
 def examine() -> list[Finding]:
-    """Look at everything rxdeploy can use. Imports ONNX Runtime, nothing heavier."""
+    """Look at everything rxdeploy can use; what can be tested without a GPU is."""
     driver = find_driver()
     findings = [_driver_finding()]
     findings += [
@@ -61,7 +60,7 @@ def automatic_target() -> Choice:
 
 def _driver_finding() -> Finding:
     driver = find_driver()
-    adds = "running plans, full TensorRT, and GPU timing; building TensorRT-RTX plans works without"
+    adds = "the full TensorRT, and ONNX Runtime on the GPU; TensorRT-RTX builds plans without"
     if driver.problem:
         return Finding("NVIDIA driver", "missing", driver.problem, adds, "install NVIDIA's driver for your GPU")
     cuda = ".".join(map(str, driver.cuda_version)) if driver.cuda_version else "unknown"
@@ -122,11 +121,7 @@ def _onnxruntime_finding() -> Finding:
 
 
 def _package_finding(piece: str, module: str, packages: tuple[str, ...], adds: str, extra: str) -> Finding:
-    try:
-        found = importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # a parent package is missing
-        found = False
-    if found:
+    if importlib.util.find_spec(module) is not None:
         return Finding(piece, "ok", f"version {_version(packages) or 'unknown'}")
     return Finding(piece, "missing", "not installed", adds, f"pip install 'rxdeploy[{extra}]'")
 

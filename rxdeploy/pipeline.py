@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from rxdeploy import __version__, atomic
 from rxdeploy.cache import Cache, Entry, recipe_digest
 from rxdeploy.cards import ModelCard, read_labels
@@ -115,7 +117,8 @@ class Pipeline:
     def _export_key(self) -> str:
         return recipe_digest(
             card=self.request.card.digest,
-            weights=self.source.identity,
+            # The whole origin, not only the content's identity: it is written into the model.
+            weights=msgspec.to_builtins(self.source.origin),
             input=self.request.input_kind,
             code=code_digest(),
             # Synthetic weights are made with torch and Pillow.
@@ -134,7 +137,7 @@ class Pipeline:
 
             weights = self.weights()
             self.reporter.progress("building the graph", None)
-            model = build_graph(self.request.card, weights, self.request.input_kind)  # type: ignore[arg-type]
+            model = build_graph(self.request.card, weights, self.request.input_kind, self.source.origin)  # type: ignore[arg-type]
             (folder / MODEL).write_bytes(serialise(model))
             return {}
 
@@ -187,7 +190,7 @@ class Pipeline:
             if not entry.facts["passed"]:
                 model = self._export(verify=True) if precision == "fp32" else self._model(verify=True)
                 raise CheckFailed(self.validation_failure(entry.facts, model.folder / MODEL, precision))
-            figures = next(iter(entry.facts["providers"].values()))["all"]
+            figures = list(entry.facts["providers"].values())[-1]["all"]
             decided = figures["images"] - figures["ties"]
             ties = f" ({figures['ties']} ties)" if figures["ties"] else ""
             agreement = f"top-1 agrees on all {decided} decided of {figures['images']} images{ties}"
@@ -211,7 +214,10 @@ class Pipeline:
             model = self._export(verify=True) if precision == "fp32" else self._model(verify=True)
             self.reporter.progress("running ONNX Runtime", None)
             logits = np.load(reference.folder / "logits.npy")
-            return validate_model(self.request.card, model.folder / MODEL, precision, logits, self._batches)
+            facts = validate_model(self.request.card, model.folder / MODEL, precision, logits, self._batches)
+            largest = reference.facts["largest"]
+            layer = max(largest, key=largest.__getitem__)
+            return facts | {"largest_activation": {"layer": layer, "magnitude": largest[layer]}}
 
         return self.cache.stage("validate", key, produce)
 
@@ -252,21 +258,9 @@ class Pipeline:
 
         return self.cache.stage("reference", self._reference_key, produce, verify)
 
-    def check_range(self) -> dict[str, Any]:
-        """The layer with the largest activation, against what float16 holds; CheckFailed when it overflows."""
-        from rxdeploy.export.float16 import FLOAT16_MAX
-
-        largest = self._reference(verify=False).facts["largest"]
-        layer = max(largest, key=largest.__getitem__)
-        if self.request.precision == "fp16" and not largest[layer] < FLOAT16_MAX:
-            raise CheckFailed(
-                f"float16 overflows: {layer} reaches {largest[layer]:g} in float32, float16 ends at {FLOAT16_MAX:g}; "
-                "build with --fp32"
-            )
-        return {"layer": layer, "magnitude": largest[layer]}
-
     def validation_failure(self, facts: dict[str, Any], model: Path, precision: Precision) -> str:
         """Why a validation failed, with the first tensor that departs."""
+        from rxdeploy.export.float16 import FLOAT16_MAX
         from rxdeploy.export.layers import first_departure
 
         provider, figures = max(
@@ -274,11 +268,12 @@ class Pipeline:
             key=lambda item: (item[1]["relative_l2"] != item[1]["relative_l2"], item[1]["relative_l2"]),  # NaN first
         )
         first = first_departure(self.compare_layers(model, precision))
-        where = (
-            f"the first tensor that departs is {first.name} (relative L2 {first.relative_l2:.2g})"
-            if first
-            else "no single layer departs: the error grows along the network"
-        )
+        if first is None:
+            where = "no single layer departs: the error grows along the network"
+        elif precision == "fp16" and first.largest > FLOAT16_MAX:
+            where = f"{first.name} overflows: it reaches {first.largest:g}, float16 ends at {FLOAT16_MAX:g}; use --fp32"
+        else:
+            where = f"the first tensor that departs is {first.name} (relative L2 {first.relative_l2:.2g})"
         return (
             f"validation of the {precision} model on {provider} failed: relative L2 error of the logits "
             f"{figures['relative_l2']:.2g} (limit {facts['limits']['relative_l2']:g}), {figures['flipped']} of "
@@ -330,7 +325,9 @@ class Pipeline:
         if flavour is None:
             return None
         driver = find_driver()
-        gpu = None if flavour.builds_without_gpu or not driver.gpus else driver.gpus[0]
+        options = self.request.engine
+        for_this_gpu = not flavour.builds_without_gpu or options.refit or options.strip_plan
+        gpu = driver.gpus[0] if for_this_gpu and driver.gpus else None
         timing = None
         if not flavour.builds_without_gpu:
             gpu_name = "-".join(gpu.name.split()) if gpu else "no-gpu"
@@ -340,13 +337,13 @@ class Pipeline:
             from rxdeploy.engines.builder import build_plan
 
             model = (self._model(verify=True).folder / MODEL).read_bytes()
-            plan = build_plan(model, flavour, self.request.engine, self.reporter.progress, timing)
+            plan = build_plan(model, flavour, options, self.reporter.progress, timing)
             (folder / bundles.PLAN).write_bytes(plan.data)
             return plan.facts
 
         key = recipe_digest(
             model=self._precision_key if self.request.precision != "fp32" else self._export_key,
-            options=self.request.engine.as_facts(),
+            options=options.as_facts(),
             flavour=flavour.name,
             version=choice.version,
             gpu=gpu and [gpu.name, gpu.compute_capability],
@@ -370,7 +367,6 @@ class Pipeline:
         if request.precision != "fp32":
             self.validate("fp32")
         model = self.precision()
-        largest = self.check_range()
         validation = self.validate()
         engine = self.engine(choice)
         with self._stage("bundle") as done:
@@ -379,11 +375,10 @@ class Pipeline:
                 files[bundles.PLAN] = engine.folder / bundles.PLAN
             if labels:
                 files[bundles.LABELS] = ("\n".join(labels) + "\n").encode()
-            facts = validation.facts | {"largest_activation": largest}
-            manifest = self._manifest(choice, facts, engine.facts if engine else None)
+            manifest = self._manifest(choice, validation.facts, engine.facts if engine else None)
             bundle = bundles.write_bundle(output, manifest, files, overwrite)
             total = sum(file.bytes for file in bundle.manifest.files.values())
-            return done(bundle, f"{output}, {megabytes(total)}")
+            return done(bundle, f"{output}, {size_text(total)}")
 
     def _labels(self) -> tuple[str, ...] | None:
         card = self.request.card
@@ -486,9 +481,9 @@ def versions(*packages: str) -> dict[str, str]:
 
 def file_size(path: Path) -> str:
     """A file's size for people."""
-    return megabytes(path.stat().st_size)
+    return size_text(path.stat().st_size)
 
 
-def megabytes(size: int) -> str:
-    """Bytes for people: 167.3 MB (10^6 bytes, as the card and pip count)."""
-    return f"{size / 1e6:.1f} MB"
+def size_text(size: int) -> str:
+    """Bytes for people: 167.3 MB or 21.7 kB (powers of ten, as the card and pip count)."""
+    return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from rxdeploy.engines.bundle import Bundle, Manifest
-from rxdeploy.pipeline import Reporter, Stage, megabytes
+from rxdeploy.pipeline import Reporter, Stage, size_text
 from rxdeploy.runtime import Prediction
 
 PIPE_WIDTH = 160  # columns of a table that goes to a file or a pipe
@@ -99,7 +99,7 @@ def describe_bundle(bundle: Bundle, whole: bool = False) -> str:
         rows += [("tools", ", ".join(f"{name} {version}" for name, version in manifest.tools.items()))]
         rows += [("command", shlex.join(manifest.command))]
     rows += [
-        (name, f"{megabytes(file.bytes)}, sha256 {file.sha256 if whole else file.sha256[:8]}")
+        (name, f"{size_text(file.bytes)}, sha256 {file.sha256 if whole else file.sha256[:8]}")
         for name, file in manifest.files.items()
     ]
     return "\n".join(f"{name:<14} {text}" for name, text in rows)

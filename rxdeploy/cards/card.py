@@ -26,7 +26,7 @@ EXPANSION = 4  # a bottleneck's output has four times its `channels` (Xie et al.
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Percent = Annotated[float, msgspec.Meta(ge=0, le=100)]
 Stages = Annotated[tuple[Positive, ...], msgspec.Meta(min_length=1, max_length=8)]
-Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\Z", max_length=100)]
 Rgb = tuple[float, float, float]
 
 
@@ -72,7 +72,7 @@ class Input(_Strict, kw_only=True, frozen=True):
     """The evaluation transform: what an image becomes before the model sees it."""
 
     image_size: Annotated[int, msgspec.Meta(ge=32, le=4096)]  # pixels, height = width
-    crop_pct: Annotated[float, msgspec.Meta(gt=0, le=1)]  # image_size over the resized shorter side
+    crop_pct: Annotated[float, msgspec.Meta(ge=0.1, le=1)]  # image_size over the resized shorter side
     interpolation: Literal["bicubic", "bilinear", "nearest", "lanczos"]
     mean: Rgb  # RGB, of values scaled to 0..1
     std: Rgb
@@ -90,7 +90,7 @@ class Weights(_Strict, kw_only=True, frozen=True):
     url: Annotated[str, msgspec.Meta(pattern=r"^https?://")] | None = None
     file: str | None = None
     file_size: Positive | None = None  # bytes
-    sha256_prefix: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{8,64}$")] | None = None
+    sha256_prefix: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{8,64}\Z")] | None = None
     licence: str | None = None
 
     def __post_init__(self) -> None:
@@ -170,7 +170,7 @@ def load_card(path: Path) -> ModelCard:
         raise InputError(f"card {path}: no such file") from None
     except OSError as error:
         raise InputError(f"card {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
         raise InputError(f"card {path}: not a TOML file: {error}") from None
     if "path" in table:
         raise InputError(f"card {path}: Object contains unknown field `path`")

@@ -61,29 +61,41 @@ def build_plan(
         builder = trt.Builder(logger)
     except TypeError:  # pybind's word for a null pointer
         raise EnvironmentLacks(f"{flavour.name} does not start: {messages.summary()}") from None
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse(model):
-        errors = [parser.get_error(index).desc() for index in range(parser.num_errors)]
-        raise CheckFailed(f"{flavour.name} cannot read the model: {'; '.join(errors) or messages.summary()}")
-    config = _configure(trt, builder, network, options)
-    cache = _load_timing_cache(config, flavour, timing_cache)
     with _interruptible() as interrupted:
-        config.progress_monitor = _monitor(trt, progress, interrupted)
-        plan = builder.build_serialized_network(network, config)
+        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        parser = trt.OnnxParser(network, logger)
+        parsed = bool(model) and parser.parse(model)
+        if parsed and not interrupted.is_set():
+            config = _configure(trt, builder, network, options)
+            cache = _load_timing_cache(config, flavour, timing_cache)
+            config.progress_monitor = monitor = _monitor(trt, progress, interrupted)
+            plan = builder.build_serialized_network(network, config)
     if interrupted.is_set():
         raise KeyboardInterrupt
+    if not parsed:
+        errors = [_parser_error(parser.get_error(index)) for index in range(parser.num_errors)]
+        raise CheckFailed(f"{flavour.name} cannot read the model: {'; '.join(errors) or messages.summary()}")
+    if monitor.failure:
+        raise monitor.failure
     if plan is None:
         raise _build_error(flavour, options, messages)
     if cache is not None and timing_cache is not None:
         atomic.write_bytes(timing_cache, bytes(config.get_timing_cache().serialize()))
+    if progress:
+        progress("done", 1.0)  # the outermost phase need not report its last step
     facts = {"flavour": flavour.name, "version": trt.__version__, "warnings": messages.warnings, **options.as_facts()}
     return Plan(bytes(plan), facts)
 
 
+def _parser_error(error: Any) -> str:
+    node = f"{error.node_operator()} {error.node_name()}".strip()
+    return f"{node}: {error.desc()}" if node else str(error.desc())
+
+
 def _build_error(flavour: Flavour, options: EngineOptions, messages: _Messages) -> CheckFailed | InputError:
     text = messages.summary()
-    if "OutOfMemory" in text and options.workspace_mib is not None:
+    too_little = "OutOfMemory" in text or "workspace limit" in text
+    if too_little and options.workspace_mib is not None:
         return InputError(
             f"--workspace {options.workspace_mib}: too little for this model: {text}; give more, or leave it out"
         )
@@ -201,6 +213,8 @@ def _monitor(trt: Any, progress: Progress | None, interrupted: threading.Event) 
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self.phases = _Phases()
+            self.furthest = 0.0  # a phase that ends early would turn the fraction back
+            self.failure: BaseException | None = None
             self.lock = threading.Lock()  # TensorRT may call from several threads
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
@@ -214,9 +228,13 @@ def _monitor(trt: Any, progress: Progress | None, interrupted: threading.Event) 
         def step_complete(self, phase_name: str, step: int) -> bool:
             with self.lock:
                 self.phases.done[phase_name] = step + 1
-                if progress:
-                    progress(phase_name, self.phases.fraction())
-            return not interrupted.is_set()
+                self.furthest = max(self.furthest, self.phases.fraction())
+                try:
+                    if progress:
+                        progress(phase_name, self.furthest)
+                except BaseException as error:  # kept: it must not fly through TensorRT's own frames
+                    self.failure = error
+            return not (interrupted.is_set() or self.failure)
 
     return Monitor()
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,8 @@ from rxdeploy.cards import ModelCard
 from rxdeploy.cards.card import Accuracy, Figures, Input, Source
 from rxdeploy.errors import InputError
 
-SCHEMA = 1
+SCHEMA: Literal[1] = 1
+UNSEALED = "0" * 64
 MANIFEST = "manifest.json"
 MODEL = "model.onnx"
 PLAN = "engine.plan"
@@ -29,7 +31,10 @@ Precision = Literal["fp32", "fp16"]
 
 
 class _Part(msgspec.Struct, frozen=True):
-    """A part of the manifest. Unknown keys are ignored, so that later versions of one schema may add some."""
+    """A part of the manifest. Unknown keys are ignored, so that later versions of one schema may add some.
+
+    (Not so in `preprocessing` and in what `card` repeats of the card: those are the card's own strict parts.)
+    """
 
 
 class FileDigest(_Part, forbid_unknown_fields=True, frozen=True):
@@ -85,7 +90,8 @@ class TargetFacts(_Part, kw_only=True, frozen=True):
 class Manifest(_Part, kw_only=True, frozen=True):
     """manifest.json; see docs/bundle.md."""
 
-    schema: int
+    schema: Literal[1]
+    digest: str = UNSEALED  # sha256 of the manifest's own bytes with this value set to 64 zeros
     model: str
     precision: Precision
     target: TargetFacts
@@ -134,14 +140,23 @@ def read_manifest(path: Path) -> Manifest:
         raise InputError(f"bundle {path}: {MANIFEST} cannot be read: {error.strerror}") from None
     try:
         head = msgspec.json.decode(data)
-        if isinstance(head, dict) and isinstance(head.get("schema"), int) and head["schema"] > SCHEMA:
+        if isinstance(head, dict) and type(head.get("schema")) is int and head["schema"] > SCHEMA:
             raise InputError(
                 f"bundle {path}: it has schema {head['schema']}, this rxdeploy reads up to {SCHEMA}; "
                 "upgrade it: pip install -U rxdeploy"
             )
-        return msgspec.convert(head, Manifest)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        manifest = msgspec.convert(head, Manifest)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"bundle {path}: {MANIFEST} is damaged: {error}; build the bundle again") from None
+    if _seal(data.replace(manifest.digest.encode(), UNSEALED.encode(), 1)) != manifest.digest:
+        raise InputError(
+            f"bundle {path}: {MANIFEST} was altered: it no longer has its own digest; build the bundle again"
+        )
+    return manifest
+
+
+def _seal(unsealed: bytes) -> str:
+    return hashlib.sha256(unsealed).hexdigest()
 
 
 def open_bundle(path: Path) -> Bundle:
@@ -162,8 +177,9 @@ def _check_file(folder: Path, name: str, expected: FileDigest) -> None:
     where = f"bundle {folder}: {name}"
     if name in ("", ".", "..", MANIFEST) or "/" in name or "\\" in name:
         raise InputError(f"bundle {folder}: {MANIFEST} lists a file named {name!r}, which no bundle has")
-    if path.is_symlink() or not path.is_file():
-        raise InputError(f"{where} is {'missing' if not path.exists() else 'not a plain file'}; build the bundle again")
+    if len(name) > 255 or path.is_symlink() or not path.is_file():
+        state = "not a plain file" if len(name) <= 255 and os.path.lexists(path) else "missing"
+        raise InputError(f"{where[:300]} is {state}; build the bundle again")
     if (size := path.stat().st_size) != expected.bytes:
         raise InputError(f"{where} has {size} bytes, the manifest says {expected.bytes}; build the bundle again")
     if (actual := sha256_of(path)) != expected.sha256:
@@ -179,14 +195,15 @@ def write_bundle(destination: Path, manifest: Manifest, files: dict[str, Path | 
     `files` maps names to contents or to files to copy. See `check_destination` for what may be replaced.
     """
     check_destination(destination, manifest.model, manifest.precision, overwrite)
-    with atomic.new_folder(destination, replace=True) as folder:
+    with atomic.new_folder(destination) as folder:
         for name, content in files.items():
             if isinstance(content, bytes):
                 (folder / name).write_bytes(content)
             else:
                 shutil.copyfile(content, folder / name)
         digests = {name: FileDigest(sha256_of(folder / name), (folder / name).stat().st_size) for name in sorted(files)}
-        manifest = msgspec.structs.replace(manifest, files=digests)
+        manifest = msgspec.structs.replace(manifest, files=digests, digest=UNSEALED)
+        manifest = msgspec.structs.replace(manifest, digest=_seal(manifest_json(manifest).encode()))
         (folder / MANIFEST).write_text(manifest_json(manifest), encoding="utf-8")
     return Bundle(destination, manifest)
 
@@ -200,14 +217,18 @@ def check_destination(destination: Path, model: str, precision: str, overwrite: 
     """InputError unless a bundle of `model` may be written to `destination`.
 
     It may be absent, an empty folder, or an earlier build of the same model and precision; any other bundle
-    needs `overwrite`. What is no bundle is never replaced.
+    needs `overwrite`. What is no bundle, or holds a file that no bundle has, is never replaced.
     """
     if destination.is_symlink() or (destination.exists() and not destination.is_dir()):
         raise InputError(f"output {destination}: exists and is not a folder; choose another with -o")
+    if Path.cwd().is_relative_to(destination.resolve()):
+        raise InputError(f"output {destination}: is the working directory or above it; choose a folder inside with -o")
     if not destination.exists() or not any(destination.iterdir()):
         return
-    if not (destination / MANIFEST).exists():
-        raise InputError(f"output {destination}: the folder exists and is no bundle; choose another with -o")
+    foreign = {path.name for path in destination.iterdir()} - {MANIFEST, MODEL, PLAN, LABELS}
+    if foreign or not (destination / MANIFEST).exists():
+        found = f" (it holds {min(foreign)})" if foreign else ""
+        raise InputError(f"output {destination}: the folder exists and is no bundle{found}; choose another with -o")
     try:
         there = read_manifest(destination)
         same = (there.model, there.precision) == (model, precision)

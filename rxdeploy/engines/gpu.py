@@ -50,17 +50,25 @@ def query(cuda: ctypes.CDLL) -> Driver:
         version = (number.value // 1000, number.value % 1000 // 10)
     if status := cuda.cuInit(0):
         return Driver(version, (), f"the NVIDIA driver does not start (cuInit gives error {status})")
-    cuda.cuDeviceGetCount(ctypes.byref(number))
-    gpus = tuple(_query_gpu(cuda, ordinal) for ordinal in range(number.value))
+    try:
+        _check(cuda.cuDeviceGetCount(ctypes.byref(number)))
+        gpus = tuple(_query_gpu(cuda, ordinal) for ordinal in range(number.value))
+    except RuntimeError as error:
+        return Driver(version, (), f"the NVIDIA driver does not tell of its GPUs ({error})")
     return Driver(version, gpus, None if gpus else "the NVIDIA driver finds no GPU")
 
 
 def _query_gpu(cuda: ctypes.CDLL, ordinal: int) -> Gpu:
     device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
     name, memory = ctypes.create_string_buffer(256), ctypes.c_size_t()
-    cuda.cuDeviceGet(ctypes.byref(device), ordinal)
-    cuda.cuDeviceGetName(name, len(name), device)
-    cuda.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
-    cuda.cuDeviceGetAttribute(ctypes.byref(major), _COMPUTE_CAPABILITY_MAJOR, device)
-    cuda.cuDeviceGetAttribute(ctypes.byref(minor), _COMPUTE_CAPABILITY_MINOR, device)
+    _check(cuda.cuDeviceGet(ctypes.byref(device), ordinal))
+    _check(cuda.cuDeviceGetName(name, len(name), device))
+    _check(cuda.cuDeviceTotalMem_v2(ctypes.byref(memory), device))
+    _check(cuda.cuDeviceGetAttribute(ctypes.byref(major), _COMPUTE_CAPABILITY_MAJOR, device))
+    _check(cuda.cuDeviceGetAttribute(ctypes.byref(minor), _COMPUTE_CAPABILITY_MINOR, device))
     return Gpu(name.value.decode(errors="replace"), (major.value, minor.value), memory.value)
+
+
+def _check(status: int) -> None:
+    if status:
+        raise RuntimeError(f"error {status}")

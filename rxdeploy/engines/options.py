@@ -21,7 +21,7 @@ class Profile:
     @classmethod
     def parse(cls, text: str) -> Profile:
         """``MIN,OPT,MAX``, or ``N`` for one exact batch size."""
-        if not re.fullmatch(r"\d+|\d+,\d+,\d+", text):
+        if not re.fullmatch(r"[0-9]{1,6}|[0-9]{1,6},[0-9]{1,6},[0-9]{1,6}", text):
             raise InputError(f"--batch {text}: expected MIN,OPT,MAX (1,8,32) or one exact batch size (8)")
         sizes = [int(part) for part in text.split(",")]
         low, opt, high = sizes * 3 if len(sizes) == 1 else sizes

@@ -1,8 +1,10 @@
-"""Graph pass: a float32 model to a float16 one that a strongly typed TensorRT (10, 11, RTX) accepts.
+"""Graph passes: a float32 model to a float16 one that a strongly typed TensorRT (10, 11, RTX) accepts, and what that
+one computes as a float32 graph.
 
-Every float32 tensor becomes float16, the constants rounded to nearest even. What the caller sees keeps its
-type: a float32 input is cast on entry and a float32 output on exit. A uint8 input needs no extra cast: its
-own Cast then goes to float16, exactly, since float16 holds all integers up to 2048.
+Every float32 tensor of a graph as graph.py builds it (weights are initializers, no subgraphs) becomes float16, the
+constants rounded to nearest even. What the caller sees keeps its type: a float32 input is cast on entry and a
+float32 output on exit. A uint8 input needs no extra cast: its own Cast then goes to float16, exactly, since
+float16 holds all integers up to 2048.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import ShapeInferencePass
 
 from rxdeploy.errors import CheckFailed
 
@@ -48,6 +51,45 @@ def to_float16(model: ir.Model) -> tuple[ir.Model, Rounding]:
         if value.dtype == ir.DataType.FLOAT16:
             _cast_output(graph, index)
     return model, rounding
+
+
+def round_everywhere(model: ir.Model) -> ir.Model:
+    """A float32 copy of a float16 `model` that rounds every tensor to float16, and so computes what a GPU computes.
+
+    ONNX Runtime on a CPU runs a float16 graph in float32 and drops most of the casts in between, so it shows
+    neither the rounding of activations nor their overflow. Here each cast is a node of its own, which it
+    keeps. Products are summed in float32, as TensorRT does. Tensors keep their names.
+    """
+    model = ShapeInferencePass()(model.clone()).model  # a file from elsewhere need not say its tensors' types
+    graph = model.graph
+    for name, value in graph.initializers.items():
+        assert value.const_value is not None, f"{name} has no value"
+        if value.const_value.dtype == ir.DataType.FLOAT16:
+            value.const_value = ir.tensor(value.const_value.numpy().astype(np.float32), name=name)
+            _retype(value, ir.DataType.FLOAT)
+    for node in tuple(graph):
+        for name, attribute in node.attributes.items():
+            if name == "to" and attribute.as_int() == ir.DataType.FLOAT16:
+                node.attributes[name] = ir.AttrInt64(name, ir.DataType.FLOAT)
+        for output in node.outputs:
+            if output.dtype == ir.DataType.FLOAT16:
+                _round_after(graph, node, output)
+    return model
+
+
+def _round_after(graph: ir.Graph, node: ir.Node, output: ir.Value) -> None:
+    """Put casts to float16 and back behind `output`; what leaves them has its name, itself the suffix ``.exact``."""
+    name, users = output.name, tuple(output.uses())
+    output.name = f"{name}.exact"
+    _retype(output, ir.DataType.FLOAT)
+    half = ir.node("Cast", [output], attributes={"to": ir.DataType.FLOAT16}, name=f"{name}.half")
+    rounded = ir.node("Cast", [half.outputs[0]], attributes={"to": ir.DataType.FLOAT}, name=f"{name}.rounded")
+    half.outputs[0].name, rounded.outputs[0].name = half.name, name
+    _retype(half.outputs[0], ir.DataType.FLOAT16)
+    _retype(rounded.outputs[0], ir.DataType.FLOAT)
+    graph.insert_after(node, [half, rounded])
+    for user, index in users:
+        user.replace_input_with(index, rounded.outputs[0])
 
 
 def _round_constants(graph: ir.Graph) -> Rounding:

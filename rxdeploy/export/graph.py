@@ -18,6 +18,7 @@ from onnx_ir.passes.common import CheckerPass, ShapeInferencePass, TopologicalSo
 
 import rxdeploy
 from rxdeploy.cards import ModelCard
+from rxdeploy.engines.bundle import WeightsOrigin
 from rxdeploy.export.architecture import BN_EPS, Conv, ResNeXt, count_multiply_adds, count_parameters, resnext
 
 # Opset 21 is the first with float16 scales in Q/DQ; TensorRT 10, 11 and ONNX Runtime 1.18 and later read it.
@@ -91,12 +92,14 @@ def _normalised(build: _GraphBuilder, image: ir.Value, card: ModelCard) -> ir.Va
     return build.add("Mul", [x, build.constant("input.scale", scale.astype(np.float32).reshape(1, 3, 1, 1))], "input")
 
 
-def build_graph(card: ModelCard, weights: Weights, input_kind: InputKind = "uint8") -> ir.Model:
+def build_graph(
+    card: ModelCard, weights: Weights, input_kind: InputKind = "uint8", origin: WeightsOrigin | None = None
+) -> ir.Model:
     """The float32 model of `card` with batch-norms folded and a dynamic batch.
 
     `weights` holds the tensors of `ResNeXt.state_shapes`. Input: ``image`` uint8 (batch, size, size, 3) RGB,
     normalised in the graph, or with `input_kind` "float32" ``input`` float32 (batch, 3, size, size), already
-    normalised. Output: ``logits`` float32 (batch, num_classes).
+    normalised. Output: ``logits`` float32 (batch, num_classes). `origin` is written into the model's metadata.
     """
     network = resnext(card)
     size = network.image_size
@@ -132,7 +135,7 @@ def build_graph(card: ModelCard, weights: Weights, input_kind: InputKind = "uint
     model = ir.Model(
         graph, ir_version=IR_VERSION, producer_name="rxdeploy", producer_version=rxdeploy.__version__, domain="rxdeploy"
     )
-    model.metadata_props.update(_identity(card, network))
+    model.metadata_props.update(_identity(card, network, origin))
     return model
 
 
@@ -140,8 +143,8 @@ def _typed(name: str, dtype: ir.DataType, shape: tuple[int | str, ...]) -> ir.Va
     return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
 
 
-def _identity(card: ModelCard, network: ResNeXt) -> dict[str, str]:
-    """What the model file says of itself: enough to tell which card it came from."""
+def _identity(card: ModelCard, network: ResNeXt, origin: WeightsOrigin | None) -> dict[str, str]:
+    """What the model file says of itself: enough to tell which card and which weights it came from."""
     identity = {
         "rxdeploy.model": card.name,
         "rxdeploy.card_sha256": card.digest,
@@ -150,8 +153,12 @@ def _identity(card: ModelCard, network: ResNeXt) -> dict[str, str]:
     }
     if card.figures.flops:
         identity["rxdeploy.card_flops"] = str(card.figures.flops)
-    if card.weights.licence:
-        identity["rxdeploy.weights_licence"] = card.weights.licence
+    if origin:
+        identity["rxdeploy.weights"] = f"{origin.kind}: {origin.source}"
+        if origin.sha256:
+            identity["rxdeploy.weights_sha256"] = origin.sha256
+        if origin.licence:
+            identity["rxdeploy.weights_licence"] = origin.licence
     return identity
 
 

@@ -55,7 +55,10 @@ def run_reference(
 
 def _watch(module: nn.Module, on_layer: Callable[[str, NDArray[np.float32]], None]) -> None:
     def hook(name: str) -> Callable[[nn.Module, object, torch.Tensor], None]:
-        return lambda _module, _inputs, output: on_layer(name, output.numpy())
+        def call(_module: nn.Module, _inputs: object, output: torch.Tensor) -> None:
+            on_layer(name, output.numpy())  # and nothing returned: that would replace the layer's output
+
+        return call
 
     for name, child in module.named_modules():
         if is_layer(name):

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,9 @@ from rxdeploy.cards import ModelCard
 from rxdeploy.engines.bundle import WeightsOrigin, sha256_of
 from rxdeploy.errors import EnvironmentLacks, InputError, from_os_error, missing_module
 from rxdeploy.export.architecture import count_parameters, resnext
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 StateDict = dict[str, NDArray[np.float32]]
 
@@ -114,12 +117,14 @@ def load_weights(card: ModelCard, source: WeightsSource) -> StateDict:
         return synthetic_weights(card, source.seed)
     assert source.path is not None
     tensors = _plain_names(_read_tensors(source.path))
-    check_fit(card, tensors, source.path)
-    return {name: np.ascontiguousarray(tensors[name]) for name in resnext(card).state_shapes()}
+    _check_shapes(card, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, source.path)
+    weights = {name: _array(source.path, name, tensors[name]) for name in resnext(card).state_shapes()}
+    _check_values(weights, source.path)
+    return weights
 
 
-def _read_tensors(path: Path) -> Mapping[str, NDArray[np.float32]]:
-    """Every tensor of a .safetensors or PyTorch file, wrappers removed, as float32."""
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a .safetensors or PyTorch file, wrappers removed."""
     try:
         import safetensors.torch
         import torch
@@ -138,19 +143,26 @@ def _read_tensors(path: Path) -> Mapping[str, NDArray[np.float32]]:
         raise EnvironmentLacks(f"weights file {path}: does not fit into memory") from None
     except pickle.UnpicklingError as error:
         raise InputError(_unpickling(path, error)) from None
-    except OSError as error:
+    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
         raise from_os_error(error, f"reading weights file {path}") from None
-    except (
-        Exception
-    ) as error:  # torch and safetensors raise what their readers meet: RuntimeError, EOFError, KeyError...
+    except Exception as error:  # what torch and safetensors raise depends on where in the file they stumble
         raise InputError(f"weights file {path}: damaged or in no format we read: {_first_line(error)}") from None
     tensors = _unwrap(stored)
     if not tensors:
         raise InputError(f"weights file {path}: holds no tensors by name; expected a state dict (.pth or .safetensors)")
-    return {name: tensor.detach().to(torch.float32).numpy() for name, tensor in tensors.items()}
+    return tensors
+
+
+def _array(path: Path, name: str, tensor: Tensor) -> NDArray[np.float32]:
+    import torch
+
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_complex():
+        raise InputError(f"weights file {path}: {name} is no plain tensor of real numbers, with data")
+    return tensor.detach().to(torch.float32).contiguous().numpy()
 
 
 def _unpickling(path: Path, error: Exception) -> str:
+    """What to say of a file that torch refuses to unpickle; its own text would advise to do so all the same."""
     text = str(error)
     if "GLOBAL" in text or "Unsupported global" in text or "Unsupported class" in text:
         found = re.search(r"GLOBAL (\S+)", text)
@@ -159,18 +171,20 @@ def _unpickling(path: Path, error: Exception) -> str:
             f"weights file {path}: contains pickled code{what}, which rxdeploy does not run; save only the state dict: "
             "torch.save(model.state_dict(), path)"
         )
-    return f"weights file {path}: damaged or no PyTorch file: {_first_line(error)}"
+    return f"weights file {path}: damaged, no PyTorch file, or with more in it than tensors; nothing of it was run"
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _unwrap(stored: Any) -> dict[str, Any]:
+def _unwrap(stored: Any) -> dict[str, Tensor]:
     """The state dict inside what a training script saved; {} when there is none."""
     import torch
 
-    while isinstance(stored, Mapping):
+    for _ in range(len(WRAPPERS)):  # deeper nesting is none of the usual wrappers, and may be endless
+        if not isinstance(stored, Mapping):
+            break
         tensors = {name: value for name, value in stored.items() if isinstance(value, torch.Tensor)}
         inner = next((stored[key] for key in WRAPPERS if isinstance(stored.get(key), Mapping)), None)
         if inner is None:
@@ -179,7 +193,7 @@ def _unwrap(stored: Any) -> dict[str, Any]:
     return {}
 
 
-def _plain_names(tensors: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
+def _plain_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Names without wrappers' prefixes and without batch-norm's step counters."""
     names = {name: name for name in tensors}
     while prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in names.values())), None):
@@ -187,10 +201,9 @@ def _plain_names(tensors: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArra
     return {name: tensors[original] for original, name in names.items() if not name.endswith("num_batches_tracked")}
 
 
-def check_fit(card: ModelCard, tensors: Mapping[str, NDArray[np.float32]], path: Path) -> None:
-    """InputError listing every name and shape that does not fit the card's architecture, and values that cannot be."""
+def _check_shapes(card: ModelCard, shapes: Mapping[str, tuple[int, ...]], path: Path) -> None:
+    """InputError listing every name and shape that does not fit the card's architecture."""
     expected = resnext(card).state_shapes()
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     misfits = [
         _listed("missing", [name for name in expected if name not in shapes]),
         _listed("unexpected", [name for name in shapes if name not in expected]),
@@ -204,19 +217,21 @@ def check_fit(card: ModelCard, tensors: Mapping[str, NDArray[np.float32]], path:
         ),
     ]
     if any(misfits):
-        found = shapes.get("fc.weight", (card.architecture.num_classes,))[0]
-        hint = ""
-        if found != card.architecture.num_classes:
+        found, hint = shapes.get("fc.bias", ()), ""
+        if len(found) == 1 and found[0] != card.architecture.num_classes:
             hint = (
-                f"\n  the file has {found} classes: deploy it with a card of your own that says num_classes = {found}"
+                f"\n  the file has {found[0]} classes: a card of your own with num_classes = {found[0]} can deploy it"
             )
         raise InputError(
             f"weights file {path}: does not fit {card.name} ({len(shapes)} tensors, {len(expected)} needed)"
             + "".join(misfits)
             + hint
         )
-    bad = [name for name in expected if not np.isfinite(tensors[name]).all()]
-    bad += [name for name in expected if name.endswith("running_var") and (tensors[name] < 0).any()]
+
+
+def _check_values(weights: StateDict, path: Path) -> None:
+    bad = [name for name, array in weights.items() if not np.isfinite(array).all()]
+    bad += [name for name, array in weights.items() if name.endswith("running_var") and (array < 0).any()]
     if bad:
         raise InputError(f"weights file {path}: holds NaN, infinity or a negative variance{_listed('in', bad)}")
 
@@ -225,7 +240,9 @@ def _listed(what: str, items: list[str]) -> str:
     if not items:
         return ""
     more = f", and {len(items) - LISTED} more" if len(items) > LISTED else ""
-    return f"\n  {what}: {', '.join(items[:LISTED])}{more}"
+    # Names come from a file we did not write: nothing in them may reach the terminal as a command.
+    shown = ("".join(c if c.isprintable() else "?" for c in item) for item in items[:LISTED])
+    return f"\n  {what}: {', '.join(shown)}{more}"
 
 
 def check_parameters(card: ModelCard) -> None:

@@ -54,7 +54,11 @@ class Session:
     def preprocess(self, path: Path) -> NDArray[np.uint8]:
         """An image file as the model's evaluation transform leaves it: uint8 (image_size, image_size, 3), RGB."""
         inputs = self.bundle.manifest.preprocessing
-        return transform(open_rgb(path), inputs.image_size, inputs.crop_pct, inputs.interpolation)
+        image = open_rgb(path)
+        try:
+            return transform(image, inputs.image_size, inputs.crop_pct, inputs.interpolation)
+        except InputError as error:
+            raise InputError(f"image {path}: {error}") from None
 
     def run(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Logits, float32 (n, num_classes), of uint8 RGB images (n, image_size, image_size, 3)."""
