@@ -94,10 +94,13 @@ def _exchange(new: Path, old: Path) -> None:
     if renameat2 and renameat2(_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(old), _RENAME_EXCHANGE) == 0:
         return
     aside = _temporary_name(old)
-    os.rename(old, aside)
     try:
+        os.rename(old, aside)
         os.rename(new, old)
-    except BaseException:  # Ctrl-C too: the old folder must get its name back
-        os.rename(aside, old)
+        os.rename(aside, new)
+    except BaseException:  # Ctrl-C too: the old folder must get its name back, unless the new one has it already
+        if not old.exists():
+            os.rename(aside, old)
+        else:
+            shutil.rmtree(aside, ignore_errors=True)
         raise
-    os.rename(aside, new)

@@ -127,12 +127,13 @@ class Cache:
                 if path.stat().st_size != size or (verify and sha256_of(path) != sha256):
                     raise ValueError(f"{path} is damaged")
             os.utime(folder / _ENTRY)
-        except (OSError, ValueError):
-            # Altered, or evicted since it was opened: either way it has to be made again.
+            entry = Entry(folder, record["facts"], reused=folder.name not in self._made)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            # Altered, of another version's format, or evicted since it was opened: it has to be made again.
             file.close()
             return None
         self._in_use.append(file)
-        return Entry(folder, record["facts"], reused=folder.name not in self._made)
+        return entry
 
     def _evict(self) -> None:
         """Remove least recently used entries until the rest fits, passing over those in use."""
@@ -140,7 +141,7 @@ class Cache:
             return
         atomic.sweep(self.folder / "stages")
         entries = []
-        for folder in (self.folder / "stages").iterdir():
+        for folder in (self.folder / "stages").glob("[!.]*"):  # not what is being written
             with contextlib.suppress(OSError):
                 size = sum(path.stat().st_size for path in folder.iterdir())
                 record = folder / _ENTRY
@@ -163,7 +164,7 @@ class Cache:
 
     def clear(self) -> None:
         """Remove everything that is not in use by another process."""
-        for folder in sorted((self.folder / "stages").glob("*")):
+        for folder in sorted((self.folder / "stages").glob("[!.]*")):
             _remove_unused(folder)
         for folder in (self.folder / "weights", self.folder / "timing"):
             shutil.rmtree(folder, ignore_errors=True)

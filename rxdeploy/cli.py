@@ -10,28 +10,26 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from rxdeploy import __version__
+from rxdeploy.__main__ import INTERRUPTED
 from rxdeploy.errors import CheckFailed, InputError, RxDeployError, from_os_error
 
 if TYPE_CHECKING:
     from rxdeploy.cards import ModelCard
     from rxdeploy.pipeline import Request
 
-INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 INTERNAL = 70  # EX_SOFTWARE of sysexits.h
 
 
-def main() -> NoReturn:
-    """Entry point: every error becomes one message and an exit code, never a traceback (-v shows it)."""
-    sys.exit(run(sys.argv[1:]))
-
-
 def run(arguments: list[str]) -> int:
-    """Run the command line and return its exit code."""
+    """Run the command line and return its exit code.
+
+    Every error becomes one message, never a traceback (-v shows it).
+    """
     try:
         cli.main(arguments, prog_name="rxdeploy", standalone_mode=False, obj=tuple(arguments))
     except click.exceptions.Exit as error:
@@ -42,7 +40,7 @@ def run(arguments: list[str]) -> int:
     except (click.Abort, KeyboardInterrupt) as error:
         if isinstance(error.__cause__, EOFError):  # click takes it for an end of input at a prompt; we have none
             return _unexpected(error.__cause__)
-        _complain("interrupted; nothing was left half done")
+        _complain("interrupted; no result was left half done")
         return INTERRUPTED
     except RxDeployError as error:
         _complain(str(error))
@@ -328,7 +326,7 @@ def classify(bundle: Path, images: tuple[Path, ...], top: int, labels: Path | No
                 "errors": [str(failure) for failure in failures],
             }
         )
-    else:
+    elif results:
         _print(classification_table(results))
     for failure in failures[:-1]:
         _complain(str(failure))

@@ -223,6 +223,9 @@ def check_destination(destination: Path, model: str, precision: str, overwrite: 
         raise InputError(f"output {destination}: exists and is not a folder; choose another with -o")
     if Path.cwd().is_relative_to(destination.resolve()):
         raise InputError(f"output {destination}: is the working directory or above it; choose a folder inside with -o")
+    parent = next(folder for folder in destination.resolve().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InputError(f"output {destination}: {parent} is no folder that can be written to; choose another with -o")
     if not destination.exists() or not any(destination.iterdir()):
         return
     foreign = {path.name for path in destination.iterdir()} - {MANIFEST, MODEL, PLAN, LABELS}

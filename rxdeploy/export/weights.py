@@ -90,6 +90,8 @@ def _origin(kind: Any, source: str, digest: str | None, licence: str | None = No
 
 
 def _from_file(card: ModelCard, path: Path, kind: Literal["published", "file"]) -> WeightsSource:
+    if path.exists() and not path.is_file():
+        raise InputError(f"weights file {path}: not a plain file")  # reading a device or a pipe might never end
     try:
         digest = sha256_of(path)
     except FileNotFoundError:

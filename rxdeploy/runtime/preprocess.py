@@ -6,13 +6,14 @@ timm and torchvision do on a PIL image, so accuracy here is accuracy there.
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from rxdeploy.errors import InputError
+from rxdeploy.errors import EnvironmentLacks, InputError
 
 RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
@@ -20,6 +21,8 @@ RESAMPLING = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
+# Photographs and what tools make of them. Not every format Pillow knows: for EPS, say, it runs Ghostscript.
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "MPO", "JPEG2000", "AVIF")
 _EXIF_ORIENTATION = 0x0112
 _TURNS = {  # EXIF 2.3, tag Orientation: what undoes it
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -40,7 +43,7 @@ def open_rgb(path: Path) -> Image.Image:
     pixels are laid on white. InputError for what is no image, is truncated, or has too many pixels.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=_formats()) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise InputError(_too_large(path, f"{image.width} x {image.height} pixels"))
             image.load()
@@ -48,13 +51,22 @@ def open_rgb(path: Path) -> Image.Image:
     except FileNotFoundError:
         raise InputError(f"image {path}: no such file") from None
     except UnidentifiedImageError:
-        raise InputError(f"image {path}: not an image in a format Pillow reads") from None
+        raise InputError(f"image {path}: not an image in a format rxdeploy reads ({', '.join(_formats())})") from None
     except Image.DecompressionBombError as error:
         raise InputError(_too_large(path, str(error))) from None
-    except (InputError, MemoryError):
+    except InputError:
         raise
+    except MemoryError:
+        raise EnvironmentLacks(f"image {path}: there is not enough memory to decode it") from None
     except Exception as error:  # what Pillow's decoders raise depends on where in the file they stumble
         raise InputError(f"image {path}: cannot be decoded: {error}") from None
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those of FORMATS that this Pillow was built with."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _too_large(path: Path, what: str) -> str:

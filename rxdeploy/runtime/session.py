@@ -80,7 +80,9 @@ class Session:
         return logits
 
     def classify(self, images: NDArray[np.uint8], k: int = 5) -> list[list[Prediction]]:
-        """The `k` most probable classes of each image, best first."""
+        """The `k` most probable classes of each image, best first; all of them when `k` is more."""
+        if k < 1:
+            raise InputError(f"k is {k}; it must be at least 1")
         return [self._top(row, k) for row in self.run(images)]
 
     def classify_files(

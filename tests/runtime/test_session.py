@@ -1,0 +1,400 @@
+"""A loaded bundle against the PyTorch module that the bundle was made from, and what it refuses to run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import rxdeploy.runtime as runtime
+from rxdeploy.cards import ModelCard, find_card
+from rxdeploy.engines import bundle as bundles
+from rxdeploy.errors import CheckFailed, EnvironmentLacks, InputError, RxDeployError
+
+SIZE = 64
+CLASSES = 10
+NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+# float32 differs from PyTorch by the order of sums only; float16 rounds each of 14 layers to 2^-11 = 4.9e-4.
+TOLERANCE = {"fp32": 1e-5, "fp16": 5e-3}
+
+Bundles = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def card() -> ModelCard:
+    return find_card("digits_resnext14_8x8d")
+
+
+@pytest.fixture(scope="module")
+def images() -> np.ndarray:
+    """Smooth blobs, noise, black and white: uint8 (7, 64, 64, 3)."""
+    rng = np.random.default_rng(5)
+    blobs = [Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8)).resize((SIZE, SIZE)) for _ in range(3)]
+    noise = rng.integers(0, 256, (2, SIZE, SIZE, 3), np.uint8)
+    flat = np.stack([np.full((SIZE, SIZE, 3), level, np.uint8) for level in (0, 255)])
+    return np.concatenate([np.stack([np.asarray(blob) for blob in blobs]), noise, flat])
+
+
+@pytest.fixture(scope="module")
+def torch_logits(card: ModelCard) -> Callable[[np.ndarray], np.ndarray]:
+    """What the PyTorch module says, with the normalisation written out here."""
+    torch = pytest.importorskip("torch", reason="the reference is a PyTorch module")
+    safetensors = pytest.importorskip("safetensors.torch", reason="the weights are a safetensors file")
+    from rxdeploy.export.module import ResNeXt
+
+    module = ResNeXt(card).eval()
+    module.load_state_dict(safetensors.load_file(card.beside(card.weights.file)))
+
+    def run(images: np.ndarray) -> np.ndarray:
+        mean, std = np.array([0.31] * 3), np.array([0.35] * 3)
+        x = (images / 255.0 - mean) / std
+        with torch.inference_mode():
+            return module(torch.from_numpy(x.transpose(0, 3, 1, 2).astype(np.float32))).numpy()
+
+    return run
+
+
+def relative_l2(actual: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
+
+
+@pytest.mark.parametrize("input_kind", ["uint8", "float32"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_run_gives_the_logits_of_pytorch(
+    digits_bundle: Bundles, torch_logits: Any, images: np.ndarray, precision: str, input_kind: str
+) -> None:
+    session = runtime.load(digits_bundle(precision, input_kind))
+    assert session.device in ("cpu", "cuda")
+    logits = session.run(images)
+    assert logits.dtype == np.float32
+    assert logits.shape == (len(images), CLASSES)
+    assert relative_l2(logits, torch_logits(images)) < TOLERANCE[precision]
+
+
+def test_every_batch_size_gives_the_same_logits(digits_bundle: Bundles, images: np.ndarray) -> None:
+    session = runtime.load(str(digits_bundle("fp32")), "cpu")  # a string is a path too
+    together = session.run(images)
+    for count in (1, 3, 33, 70):
+        batch = images[np.arange(count) % len(images)]
+        np.testing.assert_allclose(session.run(batch), together[np.arange(count) % len(images)], rtol=1e-4, atol=1e-4)
+
+
+def test_classify_ranks_by_softmax(digits_bundle: Bundles, images: np.ndarray) -> None:
+    session = runtime.load(digits_bundle("fp16"), "cpu")
+    logits = session.run(images).astype(np.float64)
+    for row, predictions in zip(logits, session.classify(images, k=4), strict=True):
+        softmax = np.exp(row) / np.exp(row).sum()
+        order = sorted(range(CLASSES), key=lambda index: -row[index])[:4]
+        assert [prediction.index for prediction in predictions] == order
+        assert [prediction.label for prediction in predictions] == [NAMES[index] for index in order]
+        np.testing.assert_allclose([prediction.probability for prediction in predictions], softmax[order], rtol=1e-9)
+        np.testing.assert_allclose([prediction.logit for prediction in predictions], row[order], rtol=1e-6)
+
+
+@pytest.mark.parametrize("k", [1, CLASSES, CLASSES + 1, 1000])
+def test_k_larger_than_the_classes_gives_all_classes(digits_bundle: Bundles, images: np.ndarray, k: int) -> None:
+    predictions = runtime.load(digits_bundle()).classify(images[:1], k=k)[0]
+    assert len(predictions) == min(k, CLASSES)
+    assert len({prediction.index for prediction in predictions}) == len(predictions)
+    if k >= CLASSES:
+        assert sum(prediction.probability for prediction in predictions) == pytest.approx(1)
+
+
+def test_equal_logits_keep_the_order_of_the_classes(digits_bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = runtime.load(digits_bundle())
+    monkeypatch.setattr(session, "_session", Stub(np.array([[1, 3, 3, 0, 3, 0, 0, 0, 0, 2]], np.float32)))
+    found = session.classify(np.zeros((1, SIZE, SIZE, 3), np.uint8), k=5)[0]
+    assert [prediction.index for prediction in found] == [1, 2, 4, 9, 0]
+
+
+def test_large_logits_do_not_overflow_the_softmax(digits_bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = runtime.load(digits_bundle())
+    logits = np.full((1, CLASSES), -3e38, np.float32)
+    logits[0, 7] = 3e38
+    monkeypatch.setattr(session, "_session", Stub(logits))
+    (best, second) = session.classify(np.zeros((1, SIZE, SIZE, 3), np.uint8), k=2)[0]
+    assert (best.index, best.probability, second.probability) == (7, 1.0, 0.0)
+
+
+class Stub:
+    """Stands for ONNX Runtime's session and gives the same logits whatever it is fed."""
+
+    def __init__(self, logits: np.ndarray) -> None:
+        self.logits = logits
+
+    def run(self, outputs: list[str], feed: dict[str, np.ndarray]) -> list[np.ndarray]:
+        return [self.logits]
+
+
+def test_real_digits_are_recognised(digits_bundle: Bundles, tmp_path: Path) -> None:
+    pytest.importorskip("sklearn", reason="the digits are part of scikit-learn")
+    from rxdeploy.cards.digits_images import write_held_out
+
+    paths = write_held_out(tmp_path, 100)
+    for precision, input_kind in (("fp16", "uint8"), ("fp32", "float32")):
+        results, failures = runtime.load(digits_bundle(precision, input_kind)).classify_files(paths, k=1)
+        assert failures == []
+        assert [path for path, _ in results] == paths
+        right = [f"digit-{best.index}-" in path.name for path, (best,) in results]
+        assert sum(right) >= 98
+
+
+def test_classify_files_goes_on_after_a_bad_one(digits_bundle: Bundles, tmp_path: Path) -> None:
+    good, bad, missing = tmp_path / "good.png", tmp_path / "bad.png", tmp_path / "missing.png"
+    Image.new("L", (8, 8), 90).save(good)
+    bad.write_bytes(b"no image")
+    results, failures = runtime.load(digits_bundle()).classify_files([bad, good, missing, good], k=3)
+    assert [path for path, _ in results] == [good, good]
+    assert all(len(predictions) == 3 for _, predictions in results)
+    assert [type(failure) for failure in failures] == [InputError, InputError]
+    assert str(bad) in str(failures[0])
+    assert str(missing) in str(failures[1])
+
+
+def test_preprocess_of_a_session_is_the_bundles(digits_bundle: Bundles, tmp_path: Path) -> None:
+    path = tmp_path / "image.png"
+    noise = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), np.uint8)
+    Image.fromarray(noise).save(path)
+    # 64 pixels and crop_pct 1: an image of that size goes through as it is.
+    np.testing.assert_array_equal(runtime.load(digits_bundle()).preprocess(path), noise)
+
+
+# Labels
+
+
+def test_labels_from_a_file_replace_those_of_the_bundle(digits_bundle: Bundles, tmp_path: Path) -> None:
+    labels = tmp_path / "labels.txt"
+    labels.write_text("".join(f"n{index:04}\tclass {index}\n" for index in range(CLASSES)))
+    session = runtime.load(digits_bundle(), labels=labels)
+    for prediction in session.classify(np.zeros((1, SIZE, SIZE, 3), np.uint8), k=CLASSES)[0]:
+        assert prediction.label == f"class {prediction.index}"
+
+
+def test_a_bundle_without_labels_gives_none(digits_bundle: Bundles, tmp_path: Path) -> None:
+    session = runtime.load(rewritten(digits_bundle(), tmp_path / "bare", drop=bundles.LABELS))
+    predictions = session.classify(np.zeros((1, SIZE, SIZE, 3), np.uint8), k=CLASSES)[0]
+    assert {prediction.label for prediction in predictions} == {None}
+
+
+@pytest.mark.parametrize("lines", [9, 11, 0])
+def test_labels_for_another_number_of_classes_are_refused(digits_bundle: Bundles, tmp_path: Path, lines: int) -> None:
+    labels = tmp_path / "labels.txt"
+    labels.write_text("name\n" * lines)
+    with pytest.raises(InputError, match=rf"labels\.txt.*{lines} lines.*10 classes"):
+        runtime.load(digits_bundle(), labels=labels)
+
+
+# What it refuses
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        np.zeros((1, SIZE, SIZE, 3), np.float32),
+        np.zeros((1, SIZE, SIZE, 3), np.int8),
+        np.zeros((SIZE, SIZE, 3), np.uint8),
+        np.zeros((1, 3, SIZE, SIZE), np.uint8),
+        np.zeros((1, SIZE, SIZE, 4), np.uint8),
+        np.zeros((1, SIZE, SIZE), np.uint8),
+        np.zeros((1, 224, 224, 3), np.uint8),
+        np.zeros((1, SIZE, SIZE + 1, 3), np.uint8),
+    ],
+    ids=lambda array: f"{array.dtype}-{'x'.join(map(str, array.shape))}",
+)
+@pytest.mark.parametrize("input_kind", ["uint8", "float32"])
+def test_images_of_another_kind_are_refused(digits_bundle: Bundles, wrong: np.ndarray, input_kind: str) -> None:
+    session = runtime.load(digits_bundle("fp32", input_kind))
+    for call in (session.run, session.classify):
+        with pytest.raises(InputError) as caught:
+            call(wrong)
+        assert str(wrong.dtype) in str(caught.value)
+        assert str(wrong.shape) in str(caught.value)
+        assert f"uint8 (n, {SIZE}, {SIZE}, 3)" in str(caught.value)
+
+
+def test_cuda_where_there_is_none(digits_bundle: Bundles) -> None:
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this ONNX Runtime has the CUDA provider")
+    with pytest.raises(EnvironmentLacks, match=r"cuda.*rxdeploy\[gpu\]"):
+        runtime.load(digits_bundle(), "cuda")
+
+
+def test_without_onnxruntime_the_error_says_what_to_install(
+    digits_bundle: Bundles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = digits_bundle()
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(EnvironmentLacks, match=r"pip install 'rxdeploy\[cpu\]'"):
+        runtime.load(bundle)
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_non_finite_logits_fail_the_check(digits_bundle: Bundles, tmp_path: Path, value: float) -> None:
+    ir = pytest.importorskip("onnx_ir")
+    model = ir.load(digits_bundle("fp32") / bundles.MODEL)
+    bias = model.graph.initializers["fc.bias"]
+    array = bias.const_value.numpy().copy()
+    array[3] = value
+    bias.const_value = ir.tensor(array, name="fc.bias")
+    broken = rewritten(
+        digits_bundle("fp32"), tmp_path / "broken", {bundles.MODEL: ir.to_proto(model).SerializeToString()}
+    )
+    session = runtime.load(broken)
+    with pytest.raises(CheckFailed, match=r"broken.*NaN or infinity"):
+        session.classify(np.zeros((1, SIZE, SIZE, 3), np.uint8))
+
+
+def test_a_model_that_onnxruntime_cannot_read(digits_bundle: Bundles, tmp_path: Path) -> None:
+    broken = rewritten(digits_bundle(), tmp_path / "broken", {bundles.MODEL: b"this is no protobuf"})
+    with pytest.raises(RxDeployError, match=r"broken.*ONNX Runtime cannot load model\.onnx"):
+        runtime.load(broken)
+
+
+def rewritten(
+    source: Path, destination: Path, changes: dict[str, bytes] | None = None, drop: str | None = None
+) -> Path:
+    """A copy of a bundle with other files in it, and digests that are right for them."""
+    manifest = bundles.open_bundle(source).manifest
+    files: dict[str, Path | bytes] = {name: source / name for name in manifest.files if name != drop}
+    bundles.write_bundle(destination, manifest, files | (changes or {}), overwrite=False)
+    return destination
+
+
+# Nothing of an altered bundle reaches ONNX Runtime
+
+
+def flip(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+
+
+def alter_model(folder: Path) -> None:
+    flip(folder / "model.onnx", 5000)
+
+
+def alter_first_byte(folder: Path) -> None:
+    flip(folder / "model.onnx", 0)
+
+
+def alter_labels(folder: Path) -> None:
+    flip(folder / "labels.txt", 2)
+
+
+def truncate(folder: Path) -> None:
+    data = (folder / "model.onnx").read_bytes()
+    (folder / "model.onnx").write_bytes(data[:-1])
+
+
+def append(folder: Path) -> None:
+    with (folder / "model.onnx").open("ab") as file:
+        file.write(b"\0")
+
+
+def remove(folder: Path) -> None:
+    (folder / "model.onnx").unlink()
+
+
+def link(folder: Path) -> None:
+    (folder / "model.onnx").rename(folder.parent / "elsewhere.onnx")
+    (folder / "model.onnx").symlink_to(folder.parent / "elsewhere.onnx")
+
+
+def change_manifest(change: Callable[[dict[str, Any]], object], sealed: bool = True) -> Callable[[Path], None]:
+    """Alters the manifest; `sealed`, with the digest of its own bytes that it then ought to have."""
+
+    def alter(folder: Path) -> None:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        change(manifest)
+        if sealed:
+            manifest["digest"] = "0" * 64
+            manifest["digest"] = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+
+    return alter
+
+
+def other_mean(manifest: dict[str, Any]) -> None:
+    manifest["preprocessing"]["mean"] = [0.5, 0.5, 0.5]
+
+
+def unlisted(manifest: dict[str, Any]) -> None:
+    del manifest["files"]["model.onnx"]
+
+
+def outside(manifest: dict[str, Any]) -> None:
+    manifest["files"]["../model.onnx"] = manifest["files"]["model.onnx"]
+
+
+@pytest.mark.parametrize(
+    ("alter", "says"),
+    [
+        pytest.param(alter_model, "model.onnx was altered", id="a byte of the model"),
+        pytest.param(alter_first_byte, "model.onnx was altered", id="first byte of the model"),
+        pytest.param(alter_labels, "labels.txt was altered", id="a byte of the labels"),
+        pytest.param(truncate, "model.onnx has", id="one byte too few"),
+        pytest.param(append, "model.onnx has", id="one byte too many"),
+        pytest.param(remove, "model.onnx is missing", id="no model"),
+        pytest.param(link, "model.onnx is not a plain file", id="a link"),
+        pytest.param(change_manifest(other_mean, sealed=False), "manifest.json was altered", id="another mean"),
+        pytest.param(change_manifest(lambda m: None, sealed=False), "manifest.json was altered", id="another layout"),
+        pytest.param(change_manifest(unlisted), "lists no model.onnx", id="model not in the manifest"),
+        pytest.param(change_manifest(outside), "../model.onnx", id="a file outside"),
+        pytest.param(change_manifest(lambda m: m.update(schema=99)), "schema 99", id="a newer schema"),
+        pytest.param(change_manifest(lambda m: m.pop("preprocessing")), "damaged", id="a key missing"),
+        pytest.param(change_manifest(lambda m: m.update(num_classes="10")), "damaged", id="a wrong type"),
+        pytest.param(lambda f: (f / "manifest.json").write_bytes(b"\xff\xfe{}"), "damaged", id="not UTF-8"),
+        pytest.param(lambda f: (f / "manifest.json").write_bytes(b""), "damaged", id="empty manifest"),
+        pytest.param(lambda f: (f / "manifest.json").unlink(), "not a bundle", id="no manifest"),
+        pytest.param(shutil.rmtree, "not a bundle", id="no folder"),
+    ],
+)
+def test_an_altered_bundle_never_reaches_onnxruntime(
+    digits_bundle: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alter: Callable, says: str
+) -> None:
+    import onnxruntime
+
+    folder = tmp_path / "bundle"
+    shutil.copytree(digits_bundle(), folder)
+    alter(folder)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *_, **__: pytest.fail("an altered bundle was loaded"))
+    with pytest.raises(InputError) as caught:
+        runtime.load(folder)
+    assert str(folder) in str(caught.value)
+    assert says in str(caught.value)
+
+
+# A serving host has neither torch nor onnx
+
+
+def modules_after(code: str) -> set[str]:
+    program = f"import sys\n{code}\nprint(*sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return {name.partition(".")[0] for name in done.stderr.split()}
+
+
+@pytest.mark.parametrize("run", [False, True], ids=["import", "classify"])
+def test_runtime_imports_neither_torch_nor_onnx(digits_bundle: Bundles, run: bool) -> None:
+    code = "import rxdeploy.runtime, numpy"
+    if run:
+        code += (
+            f"\nsession = rxdeploy.runtime.load({str(digits_bundle())!r})"
+            f"\nsession.classify(numpy.zeros((1, {SIZE}, {SIZE}, 3), numpy.uint8))"
+        )
+    found = modules_after(code)
+    assert "rxdeploy" in found
+    assert not found & {"torch", "onnx", "onnx_ir", "onnxscript", "tensorrt", "tensorrt_rtx", "safetensors", "sklearn"}
+    assert not found & {"rich", "click", "httpx"}
+    assert ("onnxruntime" in found) == run  # loaded when a bundle is, not before

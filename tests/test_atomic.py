@@ -1,0 +1,364 @@
+"""Files and folders appear whole or not at all, whatever happens in the middle; killed writers are swept up after.
+
+The reference is the file system itself: what another thread, or another process after a SIGKILL, finds there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import rxdeploy
+from rxdeploy import atomic
+
+EXCHANGES = 200
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(rxdeploy.__file__).parents[1])}
+
+# Starts writing, says so, and goes on when its stdin is closed.
+WRITER = """
+import sys
+from pathlib import Path
+from rxdeploy import atomic
+with getattr(atomic, sys.argv[1])(Path(sys.argv[2])) as new:
+    (new / "half" if sys.argv[1] == "new_folder" else new).write_text("half")
+    print("writing", flush=True)
+    sys.stdin.read()
+"""
+
+
+def content(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in folder.iterdir()}
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def fill(folder: Path, text: str) -> None:
+    for name in "ab":
+        (folder / name).write_text(text)
+
+
+@pytest.fixture
+def writer() -> Iterator[Callable[[str, Path], subprocess.Popen[str]]]:
+    """Starts a process that is in the middle of new_folder or new_file."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(kind: str, destination: Path) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", WRITER, kind, str(destination)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=ENVIRONMENT,
+        )
+        started.append(process)
+        assert process.stdout and process.stdout.readline() == "writing\n"
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+# new_folder
+
+
+def test_a_folder_appears_at_the_end_of_the_block(tmp_path: Path) -> None:
+    destination = tmp_path / "parent" / "new"
+    with atomic.new_folder(destination) as folder:
+        assert folder.parent == destination.parent, "on another file system it could not be renamed"
+        fill(folder, "1")
+        assert not destination.exists()
+    assert content(destination) == {"a": "1", "b": "1"}
+    assert names(tmp_path / "parent") == ["new"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, GeneratorExit])
+def test_an_error_leaves_no_folder(tmp_path: Path, error: type[BaseException]) -> None:
+    with pytest.raises(error), atomic.new_folder(tmp_path / "new") as folder:
+        (folder / "sub").mkdir()
+        fill(folder / "sub", "1")
+        raise error
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_error_leaves_the_old_folder_as_it_was(tmp_path: Path, error: type[BaseException]) -> None:
+    destination = tmp_path / "old"
+    destination.mkdir()
+    fill(destination, "old")
+    with pytest.raises(error), atomic.new_folder(destination) as folder:
+        (folder / "a").write_text("new")
+        raise error
+    assert content(destination) == {"a": "old", "b": "old"}
+    assert names(tmp_path) == ["old"]
+
+
+def test_a_replaced_folder_has_only_the_new_files(tmp_path: Path) -> None:
+    destination = tmp_path / "it"
+    destination.mkdir()
+    fill(destination, "old")
+    (destination / "sub").mkdir()
+    with atomic.new_folder(destination) as folder:
+        (folder / "c").write_text("new")
+        assert content_of_files(destination) == {"a": "old", "b": "old"}
+    assert content(destination) == {"c": "new"}
+    assert names(tmp_path) == ["it"]
+
+
+def content_of_files(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in folder.iterdir() if path.is_file()}
+
+
+def test_a_file_in_the_way_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "it").write_text("a file")
+    with pytest.raises(OSError), atomic.new_folder(tmp_path / "it") as folder:
+        fill(folder, "new")
+    assert (tmp_path / "it").read_text() == "a file"
+    assert names(tmp_path) == ["it"]
+
+
+def can_exchange(folder: Path) -> bool:
+    """Whether renameat2 swaps two folders here, asked of the kernel without atomic's help."""
+    for name in "xy":
+        (folder / name).mkdir()
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    works = renameat2 is not None and renameat2(-100, bytes(folder / "x"), -100, bytes(folder / "y"), 2) == 0
+    for name in "xy":
+        (folder / name).rmdir()
+    return works
+
+
+def test_a_reader_never_finds_a_folder_missing_or_half(tmp_path: Path) -> None:
+    if not can_exchange(tmp_path):
+        pytest.skip("this file system has no renameat2 with RENAME_EXCHANGE")
+    destination = tmp_path / "it"
+    problems: list[str] = []
+    reads = 0
+    started, stop = threading.Event(), threading.Event()
+
+    def read() -> None:
+        nonlocal reads
+        while not stop.is_set():
+            try:
+                held = os.open(destination, os.O_RDONLY | os.O_DIRECTORY)
+            except FileNotFoundError:
+                problems.append("missing")
+                continue
+            try:
+                found = os.listdir(held)
+                texts = set()
+                for name in found:
+                    file = os.open(name, os.O_RDONLY, dir_fd=held)
+                    texts.add(os.read(file, 100))
+                    os.close(file)
+            except FileNotFoundError:
+                found, texts = [], set()  # replaced meanwhile and being removed, or there is a problem:
+            # a folder that still stands under its name after it was read was whole all the time.
+            if os.stat(destination).st_ino == os.fstat(held).st_ino:
+                reads += 1
+                if sorted(found) != ["a", "b"] or len(texts) != 1:
+                    problems.append(f"half: {found} {texts}")
+            os.close(held)
+            started.set()
+
+    with atomic.new_folder(destination) as folder:
+        fill(folder, "0")
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        assert started.wait(10)
+        index, deadline = 0, time.monotonic() + 10
+        while index < EXCHANGES or (reads < EXCHANGES and time.monotonic() < deadline):
+            index += 1
+            with atomic.new_folder(destination) as folder:
+                fill(folder, str(index))
+    finally:
+        stop.set()
+        reader.join()
+    assert not problems, problems[:5]
+    assert reads > EXCHANGES / 10, "the reader hardly ran"
+    assert content(destination) == {"a": str(index), "b": str(index)}
+    assert names(tmp_path) == ["it"]
+
+
+def test_a_folder_that_appears_at_the_last_moment_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when two builds to one destination end together."""
+    destination, rename = tmp_path / "it", os.rename
+
+    def another_was_first(source: Path, target: Path) -> None:
+        monkeypatch.undo()
+        destination.mkdir()
+        fill(destination, "another's")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", another_was_first)
+    with atomic.new_folder(destination) as folder:
+        fill(folder, "ours")
+    assert content(destination) == {"a": "ours", "b": "ours"}
+
+
+# Without renameat2
+
+
+@pytest.fixture(params=["missing", "fails"])
+def no_exchange(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = SimpleNamespace() if request.param == "missing" else SimpleNamespace(renameat2=lambda *_: -1)
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: library)
+
+
+@pytest.mark.usefixtures("no_exchange")
+def test_without_renameat2_a_folder_is_replaced_too(tmp_path: Path) -> None:
+    destination = tmp_path / "it"
+    for text in ("1", "2", "3"):
+        with atomic.new_folder(destination) as folder:
+            fill(folder, text)
+        assert content(destination) == {"a": text, "b": text}
+        assert names(tmp_path) == ["it"]
+
+
+@pytest.mark.usefixtures("no_exchange")
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EIO, "broken disk"),
+        KeyboardInterrupt(),
+    ],
+    ids=["OSError", "KeyboardInterrupt"],
+)
+def test_without_renameat2_a_failure_between_the_renames_brings_the_old_folder_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    destination = tmp_path / "it"
+    with atomic.new_folder(destination) as folder:
+        fill(folder, "old")
+    rename, calls = os.rename, 0
+
+    def second_fails(source: Path, target: Path) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:  # after the attempt without replacing, and the old folder's move aside
+            assert not destination.exists()
+            raise error
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", second_fails)
+    with pytest.raises(type(error)), atomic.new_folder(destination) as folder:
+        fill(folder, "new")
+    assert content(destination) == {"a": "old", "b": "old"}
+    assert names(tmp_path) == ["it"]
+
+
+# new_file, write_bytes
+
+
+def test_a_file_appears_at_the_end_of_the_block_and_replaces_the_old_one(tmp_path: Path) -> None:
+    destination = tmp_path / "parent" / "file"
+    for text in ("first", "second"):
+        with atomic.new_file(destination) as temporary:
+            assert temporary.parent == destination.parent
+            temporary.write_text(text)
+            assert not destination.exists() or destination.read_text() == "first"
+        assert destination.read_text() == text
+    assert names(tmp_path / "parent") == ["file"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_error_leaves_no_file_or_the_old_one(tmp_path: Path, error: type[BaseException]) -> None:
+    destination = tmp_path / "file"
+    for before in ([], ["file"]):
+        with pytest.raises(error), atomic.new_file(destination) as temporary:
+            temporary.write_text("half")
+            raise error
+        assert names(tmp_path) == before
+        destination.write_text("old")
+    assert destination.read_text() == "old"
+
+
+def test_write_bytes_writes_whole_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    destination = tmp_path / "parent" / "file"
+    atomic.write_bytes(destination, b"\0old")
+    assert destination.read_bytes() == b"\0old"
+
+    def full(path: Path, data: bytes) -> int:
+        with path.open("wb") as file:
+            file.write(data[:1])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        atomic.write_bytes(destination, b"new")
+    assert destination.read_bytes() == b"\0old"
+    assert names(tmp_path / "parent") == ["file"]
+
+
+# sweep
+
+
+@pytest.mark.parametrize("kind", ["new_folder", "new_file"])
+def test_what_a_killed_process_left_is_swept(
+    tmp_path: Path, writer: Callable[[str, Path], subprocess.Popen[str]], kind: str
+) -> None:
+    process = writer(kind, tmp_path / "it")
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (left,) = names(tmp_path)
+    assert left != "it", "a half-written result under the final name"
+    atomic.sweep(tmp_path)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("kind", ["new_folder", "new_file"])
+def test_what_a_living_process_writes_is_kept(
+    tmp_path: Path, writer: Callable[[str, Path], subprocess.Popen[str]], kind: str
+) -> None:
+    process = writer(kind, tmp_path / "it")
+    atomic.sweep(tmp_path)
+    process.communicate()  # lets it finish
+    assert process.returncode == 0
+    assert names(tmp_path) == ["it"]
+
+
+def test_the_next_new_folder_sweeps_after_a_killed_one(
+    tmp_path: Path, writer: Callable[[str, Path], subprocess.Popen[str]]
+) -> None:
+    process = writer("new_folder", tmp_path / "killed")
+    process.kill()
+    process.wait()
+    with atomic.new_folder(tmp_path / "next") as folder:
+        fill(folder, "1")
+    assert names(tmp_path) == ["next"]
+
+
+def test_sweep_keeps_what_another_user_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def not_allowed(pid: int, signum: int) -> None:
+        assert signum == 0, "asking must not kill"
+        raise PermissionError
+
+    with atomic.new_file(tmp_path / "it") as temporary:
+        temporary.write_text("half")
+        monkeypatch.setattr(os, "kill", not_allowed)
+        atomic.sweep(tmp_path)
+        assert temporary.exists()
+
+
+def test_sweep_keeps_everything_else(tmp_path: Path) -> None:
+    for name in ("file", ".hidden", ".it.rxdeploy-tmp-", ".it.rxdeploy-tmp-me-1", "it.rxdeploy-tmp-1-1"):
+        (tmp_path / name).write_text("")
+    before = names(tmp_path)
+    atomic.sweep(tmp_path)
+    assert names(tmp_path) == before
+    atomic.sweep(tmp_path / "absent")
