@@ -32,35 +32,40 @@ def run(arguments: list[str]) -> int:
     """
     try:
         cli.main(arguments, prog_name="rxdeploy", standalone_mode=False, obj=tuple(arguments))
-    except click.exceptions.Exit as error:
-        return error.exit_code
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except (click.Abort, KeyboardInterrupt) as error:
-        if isinstance(error.__cause__, EOFError):  # click takes it for an end of input at a prompt; we have none
-            return _unexpected(error.__cause__)
-        _complain("interrupted; no result was left half done")
-        return INTERRUPTED
-    except RxDeployError as error:
-        _complain(str(error))
-        return error.exit_code
-    except SystemExit:
-        # click's way to say that the reader of stdout went away (`| head`), which is no error.
-        return 0
-    except OSError as error:
-        failure = from_os_error(error, "rxdeploy")
-        _complain(str(failure))
-        return failure.exit_code
-    except Exception as error:
-        return _unexpected(error)
+    except BaseException as error:
+        return _report(error)
     return 0
 
 
-def _unexpected(error: BaseException) -> int:
+def _report(error: BaseException) -> int:
+    """Say what went wrong and return the exit code for it."""
+    if isinstance(error, click.exceptions.Exit):
+        return error.exit_code
+    if isinstance(error, SystemExit):
+        return 0  # click's way to say that the reader of stdout went away (`| head`), which is no error
+    if _was_interrupted(error):
+        _complain("interrupted; no result was left half done")
+        return INTERRUPTED
+    if isinstance(error, click.ClickException):
+        error.show()
+        return error.exit_code
+    if isinstance(error, OSError):
+        error = from_os_error(error, "rxdeploy")
+    if isinstance(error, RxDeployError):
+        _complain(str(error))
+        return error.exit_code
+    if isinstance(error, click.Abort):  # click's for an end of input at a prompt, of which we have none
+        error = error.__cause__ or error
     logging.getLogger("rxdeploy").debug("unexpected", exc_info=error)
     _complain(f"unexpected {type(error).__name__}: {error}; this is a bug in rxdeploy: -v shows where")
     return INTERNAL
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind an error: C extensions turn it into an ImportError, for one."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _complain(text: str) -> None:
