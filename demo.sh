@@ -16,7 +16,7 @@ cat <<'EOF'
 # How to read a build. Stages, with the time each took ("reused" when the cache had it):
 #   export         the model as a float32 ONNX graph, batch-norms folded in
 #   validate fp32  that graph on ONNX Runtime against PyTorch, on photographs and noise: how far the outputs differ,
-#                  and whether any image changes its class (ties: PyTorch itself hardly prefers one of two classes)
+#                  and whether any image changes its class (tied: PyTorch itself hardly prefers one of two classes)
 #   precision      the graph in float16; how many weights were rounded, and how many of them to zero
 #   validate fp16  the float16 graph against PyTorch
 #   engine         the TensorRT plan

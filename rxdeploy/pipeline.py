@@ -192,7 +192,7 @@ class Pipeline:
                 raise CheckFailed(self.validation_failure(entry.facts, model.folder / MODEL, precision))
             figures = list(entry.facts["providers"].values())[-1]["all"]
             decided = figures["images"] - figures["ties"]
-            ties = f" ({figures['ties']} ties)" if figures["ties"] else ""
+            ties = f" ({figures['ties']} tied)" if figures["ties"] else ""
             agreement = f"top-1 agrees on all {decided} decided of {figures['images']} images{ties}"
             return done(entry, f"relative L2 {figures['relative_l2']:.1e} against PyTorch, {agreement}")
 

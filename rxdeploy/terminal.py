@@ -88,7 +88,7 @@ def describe_bundle(bundle: Bundle, whole: bool = False) -> str:
         ("runs on", _engine(manifest)),
         ("input", _tensors(manifest.inputs)),
         ("output", _tensors(manifest.outputs)),
-        ("validated", _validation(manifest)),
+        *_validation(manifest),
         (
             "counted",
             f"{manifest.counts.parameters:,} parameters, {manifest.counts.multiply_adds:,} multiply-adds an image",
@@ -154,18 +154,21 @@ def _tensors(tensors: Sequence[Any]) -> str:
     )
 
 
-def _validation(manifest: Manifest) -> str:
-    parts = []
+def _validation(manifest: Manifest) -> list[tuple[str, str]]:
+    rows = []
     for provider, figures in manifest.validation["providers"].items():
         overall = figures["all"]
-        parts.append(
-            f"{provider.removesuffix('ExecutionProvider')} against {manifest.validation['reference']}: relative L2 "
-            f"{overall['relative_l2']:.1e}, max error {overall['max_abs_error']:.2g}, "
-            f"{overall['flipped']} of {overall['images']} images change class"
+        rows.append(
+            (
+                "validated",
+                f"on {provider.removesuffix('ExecutionProvider')} against {manifest.validation['reference']}: "
+                f"relative L2 {overall['relative_l2']:.1e}, max error {overall['max_abs_error']:.2g}, "
+                f"{overall['flipped']} of {overall['images']} images change class",
+            )
         )
-    return "; ".join(parts) + (
-        ", engine.plan itself not run (no GPU here)" if manifest.engine and not manifest.target.gpu else ""
-    )
+    if manifest.engine:
+        rows.append(("not run", "engine.plan: what was validated is model.onnx, which it was built from"))
+    return rows
 
 
 def validation_table(facts: dict[str, Any]) -> Table:

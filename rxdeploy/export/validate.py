@@ -113,7 +113,7 @@ def validate_model(
     return {
         "passed": all(within(figures, limits) for figures in worst),
         "limits": {"relative_l2": limits.relative_l2, "tie": limits.tie, "flipped": 0},
-        "reference": "PyTorch, float32, CPU",
+        "reference": "PyTorch in float32",
         "providers": providers,
     }
 
