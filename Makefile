@@ -27,6 +27,7 @@ lint: setup
 bench: setup
 	$(BIN)/python benchmarks/build.py
 	$(BIN)/python benchmarks/export.py
+	$(BIN)/python benchmarks/limits.py
 
 clean:
 	rm -rf $(VENV) demo build dist *.egg-info

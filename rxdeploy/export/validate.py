@@ -37,10 +37,10 @@ class Limits:
     tie: float
 
 
-# float32: each of about 100 layers rounds to 2^-24 and sums in another order than PyTorch; measured 2e-6 to 5e-6
-# (synthetic weights, 50 and 101 layers). A batch-norm epsilon of 1e-3 for 1e-5 gives 5e-4, a wrong stride 1.
-# float16: weights and activations round to 2^-11 (4.9e-4), and through about 100 layers such independent errors
-# add up to some ten times that; measured 4e-3 to 7e-3. A layer that overflows or is lost gives 0.1 and more.
+# Measured by benchmarks/limits.py, synthetic weights, 50 and 101 layers. float32 differs from PyTorch by rounding to
+# 2^-24 and by its order of summation: 2e-6 to 5e-6. float16 rounds weights and activations to 2^-11 (4.9e-4), which
+# adds up through the layers: 4e-3 to 7e-3. A batch-norm epsilon of 1e-3 for 1e-5 gives 4e-2 and more, a stride on the
+# wrong convolution or a lost branch 0.3.
 LIMITS: dict[Precision, Limits] = {
     "fp32": Limits(relative_l2=1e-4, tie=1e-3),
     "fp16": Limits(relative_l2=2e-2, tie=5e-2),
