@@ -73,8 +73,10 @@ def _flavour_finding(flavour: Flavour) -> Finding:
         "tensorrt-rtx": "plans built on any machine, without a GPU, for compute capability 8.0 and later",
     }[flavour.name]
     version = flavour.version()
+    if version is None:
+        return Finding(flavour.name, "missing", "not installed", adds, flavour.install)
     if problem := lacking(flavour, version, find_driver()):
-        return Finding(flavour.name, "missing" if version is None else "unusable", problem, adds, flavour.install)
+        return Finding(flavour.name, "unusable", problem, adds, flavour.install)
     if problem := self_test(flavour):
         return Finding(flavour.name, "unusable", problem, adds, flavour.install)
     return Finding(flavour.name, "ok", f"version {version}; built a one-layer engine")
