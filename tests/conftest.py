@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,10 @@ import pytest
 from numpy.typing import NDArray
 
 from rxdeploy.cards import ModelCard, load_card
+
+# Before torch is imported, here and in the processes that tests start: with models this small, several threads
+# that wait for each other take longer than one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SMALL: dict[str, dict[str, Any]] = {
     "architecture": {
