@@ -90,17 +90,16 @@ def _export(model: str, method: str, file: str) -> dict[str, Any]:
 
 
 def _difference(model: str, first: str, second: str) -> float:
-    import numpy as np
-
     from rxdeploy.cards import find_card
     from rxdeploy.export.samples import photographs
-    from rxdeploy.export.validate import open_session
+    from rxdeploy.export.validate import relative_l2
+    from rxdeploy.runtime.onnxrt import open_session
     from rxdeploy.runtime.preprocess import normalise
 
     card = find_card(model)
     images = normalise(photographs(card), card.input.mean, card.input.std)
     a, b = (open_session(Path(file)).run(["logits"], {"input": images})[0] for file in (first, second))
-    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+    return relative_l2(a, b)
 
 
 if __name__ == "__main__":

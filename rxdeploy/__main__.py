@@ -20,7 +20,8 @@ def main() -> NoReturn:
         code = INTERRUPTED
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):  # nobody reads it any more
-            stream.flush()
+            if stream is not None:  # as when it was closed from the start
+                stream.flush()
     # Not sys.exit: Python kills itself by SIGINT at the end, handled or not, when a Ctrl-C met code run by exec(),
     # as every dataclass is made by; and taking torch and TensorRT apart only costs time.
     os._exit(code)

@@ -1,7 +1,7 @@
 """Files and folders that appear by rename: whole, or not at all.
 
-Everything is written under a temporary name beside its destination, and a name tells which process writes
-it, so that what a killed process left behind can be swept by the next one.
+Everything is written under a temporary name beside its destination, locked by the process that writes it, so that
+what a killed process left behind can be told from what is being written, and swept by the next one.
 """
 
 from __future__ import annotations
@@ -9,19 +9,54 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import os
 import shutil
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 _MARK = ".rxdeploy-tmp-"
+_UNLOCKED_MARK = ".rxdeploy-new-"  # of what is not locked yet
+_STALE_S = 3600  # after which what is not locked yet never will be
 _AT_FDCWD = -100  # from fcntl.h: paths are relative to the working directory
 _RENAME_EXCHANGE = 2  # from linux/fs.h
 
 
 def _temporary_name(destination: Path) -> Path:
-    return destination.with_name(f".{destination.name}{_MARK}{os.getpid()}-{uuid.uuid4().hex[:8]}")
+    return destination.with_name(f".{destination.name}{_MARK}{uuid.uuid4().hex[:12]}")
+
+
+def _not_yet_locked(temporary: Path) -> Path:
+    return temporary.with_name(temporary.name.replace(_MARK, _UNLOCKED_MARK))
+
+
+@contextlib.contextmanager
+def _held(temporary: Path, make: Callable[[Path], object]) -> Iterator[None]:
+    """Make `temporary` and hold a lock on it, by which `sweep` in any process, or container, sees that it is in use.
+
+    It gets the name that `sweep` looks for only once it is locked. The lock goes when this process does.
+    """
+    unnoticed = _not_yet_locked(temporary)
+    make(unnoticed)
+    handle = os.open(unnoticed, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks: then there is none to protect it
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.rename(unnoticed, temporary)
+        yield
+    finally:
+        os.close(handle)
+        _remove(unnoticed)
+        _remove(temporary)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -29,13 +64,12 @@ def new_folder(destination: Path) -> Iterator[Path]:
     """A folder to fill, which becomes `destination` when the block ends without an error.
 
     An existing `destination` is exchanged with the new folder in one step. On an error, Ctrl-C included,
-    nothing is left behind.
+    nothing is left behind. OSError when the folder cannot be made or moved.
     """
     destination.parent.mkdir(parents=True, exist_ok=True)
     sweep(destination.parent)
     folder = _temporary_name(destination)
-    folder.mkdir()
-    try:
+    with _held(folder, Path.mkdir):
         yield folder
         try:
             os.rename(folder, destination)  # works when it is absent or empty
@@ -43,21 +77,20 @@ def new_folder(destination: Path) -> Iterator[Path]:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
             _exchange(folder, destination)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def new_file(destination: Path) -> Iterator[Path]:
-    """A path to write to, which becomes `destination` (replacing it) when the block ends without an error."""
+    """A path to write to, which becomes `destination` (replacing it) when the block ends without an error.
+
+    OSError when it cannot be made or moved.
+    """
     destination.parent.mkdir(parents=True, exist_ok=True)
     sweep(destination.parent)
     temporary = _temporary_name(destination)
-    try:
+    with _held(temporary, Path.touch):
         yield temporary
         os.replace(temporary, destination)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_bytes(destination: Path, data: bytes) -> None:
@@ -66,22 +99,31 @@ def write_bytes(destination: Path, data: bytes) -> None:
         temporary.write_bytes(data)
 
 
+def check_writable(destination: Path) -> None:
+    """OSError when `destination` could not be written in the end; asked before the work, and leaves nothing."""
+    parent = next(folder for folder in destination.resolve().parents if folder.exists())
+    if os.path.ismount(destination):
+        raise OSError(errno.EBUSY, "a mount point cannot be replaced; choose a folder inside", str(destination))
+    probe = parent / _not_yet_locked(_temporary_name(destination)).name
+    try:
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(parent)) from None  # not the probe's name, which says nothing
+
+
 def sweep(folder: Path) -> None:
     """Remove what processes that no longer live left unfinished in `folder`."""
-    for path in folder.glob(f".*{_MARK}*"):
-        pid = path.name.rpartition(_MARK)[2].partition("-")[0]
-        if pid.isdigit() and not _alive(int(pid)):
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):  # somebody else's; or no process id of this system
-        pass
-    return True
+    for path in (*folder.glob(f".*{_MARK}*"), *folder.glob(f".*{_UNLOCKED_MARK}*")):
+        with contextlib.suppress(OSError):  # locked by its process, or gone meanwhile
+            if _UNLOCKED_MARK in path.name and time.time() - path.stat().st_mtime < _STALE_S:
+                continue
+            handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _remove(path)
+            finally:
+                os.close(handle)
 
 
 def _exchange(new: Path, old: Path) -> None:

@@ -153,21 +153,35 @@ class Cache:
             if _remove_unused(folder):
                 total -= size
 
-    def usage(self) -> tuple[int, int]:
-        """Number of entries and their size in bytes, downloaded weights included."""
-        entries = size = 0
-        for path in self.folder.rglob("*"):
-            with contextlib.suppress(OSError):  # another process may be evicting it
-                size += path.stat().st_size if path.is_file() else 0
-                entries += path.name == _ENTRY
-        return entries, size
+    def usage(self) -> dict[str, int]:
+        """Stage results and their size in bytes, to which the limit applies, and the size of downloaded weights."""
+        usage = {"stage_results": 0, "stage_bytes": 0, "weights_bytes": 0}
+        for part in ("stages", "weights"):
+            for path in (self.folder / part).rglob("*"):
+                with contextlib.suppress(OSError):  # another process may be evicting it
+                    usage["stage_results"] += path.name == _ENTRY
+                    size = path.stat().st_size if path.is_file() else 0
+                    usage["stage_bytes" if part == "stages" else "weights_bytes"] += size
+        return usage
 
     def clear(self) -> None:
         """Remove everything that is not in use by another process."""
         for folder in sorted((self.folder / "stages").glob("[!.]*")):
             _remove_unused(folder)
-        for folder in (self.folder / "weights", self.folder / "timing"):
-            shutil.rmtree(folder, ignore_errors=True)
+        for path in sorted((self.folder / "weights").glob("*")):
+            _remove_unlocked(path)
+        shutil.rmtree(self.folder / "timing", ignore_errors=True)
+
+
+def _remove_unlocked(path: Path) -> None:
+    """Remove a downloaded file, or what there is of it, unless it is being downloaded; its lock file stays."""
+    from filelock import FileLock, Timeout
+
+    if path.suffix == ".lock":
+        return
+    name = path.name.removesuffix(".json").removesuffix(".part")
+    with contextlib.suppress(Timeout), FileLock(path.with_name(f"{name}.lock"), timeout=0):
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -194,7 +208,7 @@ def _remove_unused(folder: Path) -> bool:
             if file:  # an entry without its record is no entry, and nobody uses it
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Out of its name first: a reader then sees a whole entry or none.
-            doomed = folder.with_name(f".{folder.name}.rxdeploy-tmp-{os.getpid()}-evicted")
+            doomed = folder.with_name(f".{folder.name}.rxdeploy-tmp-evicted-{os.getpid()}")
             os.rename(folder, doomed)
     except OSError:
         return False

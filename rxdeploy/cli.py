@@ -76,7 +76,7 @@ def _complain(text: str) -> None:
 @click.version_option(__version__, prog_name="rxdeploy")
 @click.option("-v", "--verbose", count=True, help="Log more to stderr (-vv: everything TensorRT says).")
 def cli(verbose: int) -> None:
-    """Compile Gluon ResNeXt classifiers into validated TensorRT engines, and run them."""
+    """Compile Gluon ResNeXt classifiers to ONNX, validated against PyTorch, and to TensorRT engines."""
     level = (logging.WARNING, logging.DEBUG)[min(verbose, 1)]
     warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged metadata, which does not concern the picture
     logging.basicConfig(level=level, stream=sys.stderr, format="%(name)s: %(message)s", force=True)
@@ -271,7 +271,11 @@ def export(as_json: bool, output: Path | None, overwrite: bool, force: bool, **c
 @click.option(
     "--batch", multiple=True, metavar="MIN,OPT,MAX|N", help="Validate for these batch sizes. [default: 1,8,32]"
 )
-@click.option("--onnx", type=click.Path(path_type=Path), help="Check this ONNX file instead of a fresh export.")
+@click.option(
+    "--onnx",
+    type=click.Path(path_type=Path),
+    help="Check this ONNX file, float32 or float16, instead of a fresh export.",
+)
 @click.option("--layers", is_flag=True, help="Compare every layer with PyTorch, and name the first that departs.")
 @json_option
 def validate(as_json: bool, onnx: Path | None, layers: bool, force: bool, **choices: Any) -> None:
@@ -284,9 +288,9 @@ def validate(as_json: bool, onnx: Path | None, layers: bool, force: bool, **choi
     with open_cache(force) as cache, TerminalReporter() as reporter:
         pipeline = Pipeline(request, cache, reporter)
         facts, model = (pipeline.validate_file(onnx), onnx) if onnx else pipeline.validate_export()
-        deviations = pipeline.compare_layers(model, request.precision) if layers else []
+        deviations = pipeline.compare_layers(model, facts["precision"]) if layers else []
         failed = not facts["passed"] or any(layer.departs for layer in deviations)
-        failure = pipeline.validation_failure(facts, model, request.precision) if failed else None
+        failure = pipeline.validation_failure(facts, model) if failed else None
     origin = pipeline.source.origin
     _warn_synthetic(origin.kind, origin.source)
     if as_json:
@@ -357,17 +361,21 @@ def inspect(bundle: Path, as_json: bool) -> None:
 
 
 @cli.command()
-@click.option("--clear", is_flag=True, help="Remove everything in it, downloaded weights included.")
-def cache(clear: bool) -> None:
+@click.option("--clear", is_flag=True, help="Remove what no other process uses, downloaded weights included.")
+@json_option
+def cache(clear: bool, as_json: bool) -> None:
     """Show the cache: where it is, how large, and its limit."""
     from rxdeploy.cache import open_cache
 
     with open_cache() as opened:
         if clear:
             opened.clear()
-        entries, size = opened.usage()
+        usage = opened.usage()
+        if as_json:
+            return _print_json({"folder": str(opened.folder), **usage, "limit_bytes": opened.limit})
         click.echo(
-            f"{opened.folder}: {entries} stage results, {size / 1e9:.2f} GB of at most {opened.limit / 1e9:g} GB"
+            f"{opened.folder}: {usage['stage_results']} stage results, {usage['stage_bytes'] / 1e9:.2f} GB of at most "
+            f"{opened.limit / 1e9:g} GB; downloaded weights {usage['weights_bytes'] / 1e9:.2f} GB"
         )
 
 
@@ -375,7 +383,7 @@ def _request(
     model: str,
     precision: Any,
     weights: str | None,
-    input_kind: str,
+    input_kind: Any,
     batch: tuple[str, ...] = (),
     target: Any = "onnxruntime",
     labels: Path | None = None,
@@ -410,10 +418,16 @@ def _request(
 
 
 def _refuse_existing(output: Path, overwrite: bool) -> None:
+    from rxdeploy.atomic import check_writable
+
     if output.is_dir():
         raise InputError(f"output {output}: is a folder; choose a file name with -o")
     if output.exists() and not overwrite:
         raise InputError(f"output {output}: exists; choose another with -o, or pass --overwrite")
+    try:
+        check_writable(output)
+    except OSError as error:
+        raise from_os_error(error, f"output {output}") from None
 
 
 def _warn_synthetic(kind: str, source: str) -> None:

@@ -30,6 +30,9 @@ _PACKAGES = (
     ("PyTorch", "torch", ("torch",), "reading checkpoints, validation", "build"),
     ("ONNX", "onnx", ("onnx",), "export", "build"),
     ("onnx-ir", "onnx_ir", ("onnx-ir",), "export and graph passes", "build"),
+    ("httpx", "httpx", ("httpx",), "downloading published weights", "build"),
+    ("filelock", "filelock", ("filelock",), "the cache", "build"),
+    ("platformdirs", "platformdirs", ("platformdirs",), "finding the cache's folder", "build"),
     ("safetensors", "safetensors", ("safetensors",), "reading .safetensors weights", "build"),
 )
 
@@ -70,7 +73,7 @@ def _driver_finding() -> Finding:
 def _flavour_finding(flavour: Flavour) -> Finding:
     adds = {
         "tensorrt": "plans whose kernels were timed on the GPU they run on",
-        "tensorrt-rtx": "plans built on any machine, without a GPU, for compute capability 8.0 and later",
+        "tensorrt-rtx": "plans built on any machine, without a GPU, for several GPU generations",
     }[flavour.name]
     version = flavour.version()
     if version is None:
@@ -119,7 +122,8 @@ def _onnxruntime_finding() -> Finding:
         providers = ", ".join(importlib.import_module("onnxruntime").get_available_providers())
     except (ImportError, OSError, AttributeError) as error:
         return Finding("ONNX Runtime", "unusable", f"does not load: {error}", adds, f"pip install -U {installed[0]}")
-    return Finding("ONNX Runtime", "ok", f"{installed[0]} {_version(tuple(installed))}: {providers}")
+    unused = " (without a GPU it runs on the CPU)" if "CUDA" in providers and find_driver().problem else ""
+    return Finding("ONNX Runtime", "ok", f"{installed[0]} {_version(tuple(installed))}: {providers}{unused}")
 
 
 def _package_finding(piece: str, module: str, packages: tuple[str, ...], adds: str, extra: str) -> Finding:

@@ -48,6 +48,11 @@ EXTRA_OF_MODULE = {
 }
 
 
+def printable(text: str) -> str:
+    """`text` from a file we did not write, fit for a terminal: control characters become question marks."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
 def missing_module(error: ModuleNotFoundError) -> EnvironmentLacks:
     """The error for a module that is not installed, with the command that installs it."""
     module = (error.name or "?").partition(".")[0]

@@ -28,11 +28,11 @@ from rxdeploy import __version__, atomic
 from rxdeploy.cache import Cache, Entry, recipe_digest
 from rxdeploy.cards import ModelCard, read_labels
 from rxdeploy.engines import bundle as bundles
-from rxdeploy.engines.bundle import Bundle, Manifest, Precision
+from rxdeploy.engines.bundle import Bundle, InputKind, Manifest, Precision
 from rxdeploy.engines.flavours import Choice, Target, choose
 from rxdeploy.engines.gpu import find_driver
 from rxdeploy.engines.options import EngineOptions
-from rxdeploy.errors import CheckFailed, EnvironmentLacks, missing_module
+from rxdeploy.errors import CheckFailed, EnvironmentLacks, from_os_error, missing_module
 from rxdeploy.export.architecture import count_multiply_adds, count_parameters, resnext
 from rxdeploy.export.weights import StateDict, WeightsSource, check_parameters, load_weights, resolve_weights
 
@@ -47,7 +47,7 @@ class Request:
 
     card: ModelCard
     precision: Precision = "fp16"
-    input_kind: str = "uint8"
+    input_kind: InputKind = "uint8"
     weights: str | None = None  # as --weights takes it
     target: Target = "auto"
     engine: EngineOptions = field(default_factory=EngineOptions)
@@ -101,15 +101,12 @@ class Pipeline:
         return resolve_weights(self.request.card, self.request.weights, self.cache.folder / "weights", on_bytes)
 
     @functools.cached_property
-    def _weights(self) -> StateDict:
+    def weights(self) -> StateDict:
+        """The weights themselves, read when a stage first needs them."""
         self.reporter.progress(
             "making synthetic weights" if self.source.kind == "synthetic" else "reading weights", None
         )
         return load_weights(self.request.card, self.source)
-
-    def weights(self) -> StateDict:
-        """The weights themselves, read when a stage first needs them."""
-        return self._weights
 
     # Export
 
@@ -135,9 +132,9 @@ class Pipeline:
         def produce(folder: Path) -> dict[str, Any]:
             from rxdeploy.export.graph import build_graph, serialise
 
-            weights = self.weights()
+            weights = self.weights
             self.reporter.progress("building the graph", None)
-            model = build_graph(self.request.card, weights, self.request.input_kind, self.source.origin)  # type: ignore[arg-type]
+            model = build_graph(self.request.card, weights, self.request.input_kind, self.source.origin)
             (folder / MODEL).write_bytes(serialise(model))
             return {}
 
@@ -189,7 +186,7 @@ class Pipeline:
             entry = self._validation(precision)
             if not entry.facts["passed"]:
                 model = self._export(verify=True) if precision == "fp32" else self._model(verify=True)
-                raise CheckFailed(self.validation_failure(entry.facts, model.folder / MODEL, precision))
+                raise CheckFailed(self.validation_failure(entry.facts, model.folder / MODEL))
             figures = list(entry.facts["providers"].values())[-1]["all"]
             decided = figures["images"] - figures["ties"]
             ties = f" ({figures['ties']} tied)" if figures["ties"] else ""
@@ -245,7 +242,7 @@ class Pipeline:
             from rxdeploy.export.reference import run_reference
             from rxdeploy.export.validate import validation_samples
 
-            weights = self.weights()
+            weights = self.weights
             self.reporter.progress("running PyTorch", None)
             largest: dict[str, float] = {}
 
@@ -258,8 +255,9 @@ class Pipeline:
 
         return self.cache.stage("reference", self._reference_key, produce, verify)
 
-    def validation_failure(self, facts: dict[str, Any], model: Path, precision: Precision) -> str:
+    def validation_failure(self, facts: dict[str, Any], model: Path) -> str:
         """Why a validation failed, with the first tensor that departs."""
+        precision = facts["precision"]
         from rxdeploy.export.float16 import FLOAT16_MAX
         from rxdeploy.export.layers import first_departure
 
@@ -269,7 +267,7 @@ class Pipeline:
         )
         first = first_departure(self.compare_layers(model, precision))
         if first is None:
-            where = "no single layer departs: the error grows along the network"
+            where = "on a photograph and on noise no single layer departs"
         elif precision == "fp16" and first.largest > FLOAT16_MAX:
             where = f"{first.name} overflows: it reaches {first.largest:g}, float16 ends at {FLOAT16_MAX:g}; use --fp32"
         else:
@@ -287,18 +285,18 @@ class Pipeline:
         from rxdeploy.export.validate import validation_samples
 
         images = validation_samples(self.request.card).images[[0, -1]]
-        return compare_layers(self.request.card, self.weights(), model, precision, images)
+        return compare_layers(self.request.card, self.weights, model, precision, images)
 
     def validate_file(self, path: Path) -> dict[str, Any]:
         """Figures of a user's own ONNX file against PyTorch, passed or not."""
         import numpy as np
 
-        from rxdeploy.export.validate import check_interface, validate_model
+        from rxdeploy.export.validate import check_interface, precision_of, validate_model
 
         check_interface(self.request.card, path)
         with self._stage("validate file") as done:
             logits = np.load(self._reference(verify=True).folder / "logits.npy")
-            facts = validate_model(self.request.card, path, self.request.precision, logits, self._batches)
+            facts = validate_model(self.request.card, path, precision_of(path), logits, self._batches)
             return done(facts, str(path))
 
     def validate_export(self) -> tuple[dict[str, Any], Path]:
@@ -448,14 +446,12 @@ class _StageTimer:
         return result
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        from rxdeploy.errors import from_os_error
-
         if isinstance(error, ModuleNotFoundError):
             raise missing_module(error) from None
         if isinstance(error, MemoryError):
             raise EnvironmentLacks(f"{self._name}: not enough memory") from None
         if isinstance(error, OSError):
-            raise from_os_error(error, self._name) from None
+            raise from_os_error(error, f"running the stage {self._name}") from None
 
 
 @functools.cache

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from rxdeploy.engines.bundle import Bundle, Manifest
+from rxdeploy.errors import printable
 from rxdeploy.pipeline import Reporter, Stage, size_text
 from rxdeploy.runtime import Prediction
 
@@ -31,6 +32,7 @@ class TerminalReporter(Reporter):
 
     def __init__(self) -> None:
         self._console = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else PIPE_WIDTH)
+        self._announced: set[str] = set()
         self._bar = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -60,6 +62,9 @@ class TerminalReporter(Reporter):
         self._console.print(f"{stage.name:<14} {took:>7}  {escape(stage.detail)}", soft_wrap=True)
 
     def progress(self, text: str, fraction: float | None) -> None:
+        if self._bar.disable and text.startswith("downloading") and text not in self._announced:
+            self._announced.add(text)  # no bar without a terminal, but it may take minutes
+            self._console.print(f"{text} ...")
         if not self._bar.task_ids:
             self._bar.add_task(text, total=None)
         task = self._bar.task_ids[-1]
@@ -85,7 +90,7 @@ def describe_bundle(bundle: Bundle, whole: bool = False) -> str:
         ("bundle", str(bundle.path)),
         ("model", f"{manifest.model}, {manifest.precision}"),
         ("weights", _weights(manifest)),
-        ("runs on", _engine(manifest)),
+        ("engine", _engine(manifest)),
         ("input", _tensors(manifest.inputs)),
         ("output", _tensors(manifest.outputs)),
         *_validation(manifest),
@@ -94,8 +99,10 @@ def describe_bundle(bundle: Bundle, whole: bool = False) -> str:
             f"{manifest.counts.parameters:,} parameters, {manifest.counts.multiply_adds:,} multiply-adds an image",
         ),
     ]
+    if manifest.engine:
+        rows += [("chosen", manifest.target.reason)]
     if whole:
-        rows += [("chosen", manifest.target.reason), *_claims(manifest)]
+        rows += _claims(manifest)
         rows += [("tools", ", ".join(f"{name} {version}" for name, version in manifest.tools.items()))]
         rows += [("command", shlex.join(manifest.command))]
     rows += [
@@ -139,12 +146,12 @@ def _weights(manifest: Manifest) -> str:
 def _engine(manifest: Manifest) -> str:
     target = manifest.target
     if manifest.engine is None:
-        return f"ONNX Runtime ({target.reason})"
+        return f"none; model.onnx runs on ONNX Runtime ({target.reason})"
     profiles = "; ".join(
         f"{p['opt']}" if p["min"] == p["max"] else f"{p['min']} to {p['max']}, best at {p['opt']}"
         for p in manifest.engine["profiles"]
     )
-    return f"{target.name} {target.version} (batch {profiles}), and ONNX Runtime"
+    return f"{target.name} {target.version} (batch {profiles})"
 
 
 def _tensors(tensors: Sequence[Any]) -> str:
@@ -207,6 +214,6 @@ def classification_table(results: Sequence[tuple[Path, Sequence[Prediction]]]) -
     table = Table("image", "rank", "class", "name", "probability")
     for path, predictions in results:
         for rank, p in enumerate(predictions, start=1):
-            name = escape(str(path)) if rank == 1 else ""
-            table.add_row(name, str(rank), str(p.index), escape(p.label or "-"), f"{p.probability:.2%}")
+            name = escape(printable(str(path))) if rank == 1 else ""
+            table.add_row(name, str(rank), str(p.index), escape(printable(p.label or "-")), f"{p.probability:.2%}")
     return table

@@ -250,7 +250,7 @@ def test_without_renameat2_a_failure_between_the_renames_brings_the_old_folder_b
     def second_fails(source: Path, target: Path) -> None:
         nonlocal calls
         calls += 1
-        if calls == 3:  # after the attempt without replacing, and the old folder's move aside
+        if calls == 4:  # after its own name, the attempt without replacing, and the old folder's move aside
             assert not destination.exists()
             raise error
         rename(source, target)
@@ -343,20 +343,43 @@ def test_the_next_new_folder_sweeps_after_a_killed_one(
     assert names(tmp_path) == ["next"]
 
 
-def test_sweep_keeps_what_another_user_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def not_allowed(pid: int, signum: int) -> None:
-        assert signum == 0, "asking must not kill"
-        raise PermissionError
-
-    with atomic.new_file(tmp_path / "it") as temporary:
+def test_sweep_keeps_what_this_process_writes(tmp_path: Path) -> None:
+    with atomic.new_file(tmp_path / "it") as temporary, atomic.new_folder(tmp_path / "that") as folder:
         temporary.write_text("half")
-        monkeypatch.setattr(os, "kill", not_allowed)
+        fill(folder, "half")
         atomic.sweep(tmp_path)
-        assert temporary.exists()
+        assert temporary.read_text() == "half"
+        assert content(folder) == {"a": "half", "b": "half"}
+
+
+def test_sweep_does_not_go_by_process_ids(
+    tmp_path: Path, writer: Callable[[str, Path], subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In another container the writer's process id means nothing, or another process."""
+    process = writer("new_folder", tmp_path / "it")
+    monkeypatch.setattr(os, "kill", raising_lookup_error)
+    atomic.sweep(tmp_path)
+    monkeypatch.undo()
+    process.communicate()
+    assert names(tmp_path) == ["it"]
+
+
+def raising_lookup_error(*_: object) -> None:
+    raise ProcessLookupError
+
+
+def test_sweep_removes_what_was_never_locked_when_it_is_old(tmp_path: Path) -> None:
+    old = tmp_path / ".it.rxdeploy-new-1"
+    old.mkdir()
+    atomic.sweep(tmp_path)
+    assert old.exists()
+    os.utime(old, (0, 0))
+    atomic.sweep(tmp_path)
+    assert not old.exists()
 
 
 def test_sweep_keeps_everything_else(tmp_path: Path) -> None:
-    for name in ("file", ".hidden", ".it.rxdeploy-tmp-", ".it.rxdeploy-tmp-me-1", "it.rxdeploy-tmp-1-1"):
+    for name in ("file", ".hidden", ".it.rxdeploy-new-1", "it.rxdeploy-tmp-1"):
         (tmp_path / name).write_text("")
     before = names(tmp_path)
     atomic.sweep(tmp_path)

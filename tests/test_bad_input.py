@@ -24,6 +24,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -573,7 +574,7 @@ def test_a_cache_disk_that_fills_up_meanwhile(
 def test_a_read_only_disk(shell: Shell, small_disk: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     disk = small_disk("1m")
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-    assert f"{disk} is no folder that can be written to" in shell.refused(*BUILD, "-o", disk / "bundle")
+    assert f"Read-only file system ({disk})" in shell.refused(*BUILD, "-o", disk / "bundle")
     assert "Read-only file system" in shell.refused("export", DIGITS, "-o", disk / "model.onnx")
     monkeypatch.setenv("RXDEPLOY_CACHE", str(disk / "cache"))
     assert "Read-only file system" in shell.refused(*BUILD)
@@ -926,11 +927,11 @@ def test_ctrl_c_while_an_earlier_bundle_is_replaced(
     [
         Interruption("os.rename", "before", 1),
         Interruption("os.rename", "before", 2),
-        Interruption("os.rename", "after", 2),
         Interruption("os.rename", "before", 3),
         Interruption("os.rename", "after", 3),
         Interruption("os.rename", "before", 4),
         Interruption("os.rename", "after", 4),
+        Interruption("os.rename", "before", 5),
     ],
     ids=str,
 )
@@ -938,7 +939,7 @@ def test_ctrl_c_while_an_earlier_bundle_is_replaced_by_renames(
     shell: Shell, ctrl_c: None, monkeypatch: pytest.MonkeyPatch, point: Interruption
 ) -> None:
     # Where folders cannot be exchanged in one step.
-    monkeypatch.setattr("rxdeploy.atomic.ctypes.CDLL", lambda *_, **__: object())
+    monkeypatch.setattr("rxdeploy.atomic.ctypes", SimpleNamespace(CDLL=lambda *_, **__: object()))
     interrupted_while_replacing(shell, monkeypatch, point)
 
 
@@ -1148,7 +1149,7 @@ def test_ctrl_c_from_outside(shell: Shell, ctrl_c: None, larger_card: ModelCard)
         )
         assert process.stdout is not None and process.stderr is not None
         said = ""
-        while not (shell.cache / "locks").exists():  # the first stage has not begun
+        while not (shell.cache / "locks").exists() and process.poll() is None:  # the first stage has not begun
             time.sleep(0.01)
         while last_stage not in said and (line := process.stderr.readline()):
             said += line

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import filelock
 import pytest
 
 import rxdeploy
@@ -505,11 +506,13 @@ def test_open_cache_forces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_usage_counts_entries_and_bytes(tmp_path: Path, open_at: Open) -> None:
-    assert open_at(tmp_path / "absent").usage() == (0, 0)
+    nothing = {"stage_results": 0, "stage_bytes": 0, "weights_bytes": 0}
+    assert open_at(tmp_path / "absent").usage() == nothing
     folders = fill(tmp_path, *"ab")
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "net.pth").write_bytes(bytes(1000))
-    assert open_at(tmp_path).usage() == (2, sum(map(size, folders.values())) + 1000)
+    usage = {"stage_results": 2, "stage_bytes": sum(map(size, folders.values())), "weights_bytes": 1000}
+    assert open_at(tmp_path).usage() == usage
 
 
 def test_clear_removes_everything_that_is_not_in_use(tmp_path: Path, open_at: Open) -> None:
@@ -521,10 +524,25 @@ def test_clear_removes_everything_that_is_not_in_use(tmp_path: Path, open_at: Op
     user.stage("b", KEY, Producer("not needed"))
     open_at(tmp_path).clear()
     assert left(folders) == "b"
-    assert not (tmp_path / "weights").exists() and not (tmp_path / "timing").exists()
+    assert not (tmp_path / "weights" / "file").exists() and not (tmp_path / "timing").exists()
     user.close()
     open_at(tmp_path).clear()
-    assert open_at(tmp_path).usage() == (0, 0)
+    assert open_at(tmp_path).usage() == {"stage_results": 0, "stage_bytes": 0, "weights_bytes": 0}
+
+
+def test_clear_leaves_a_download_alone(tmp_path: Path, open_at: Open) -> None:
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    for name in ("net.pth.part", "net.pth.part.json", "other.pth"):
+        (weights / name).write_text("bytes so far")
+    with filelock.FileLock(weights / "net.pth.lock"):
+        open_at(tmp_path).clear()
+        assert {path.name for path in weights.iterdir() if path.suffix != ".lock"} == {
+            "net.pth.part",
+            "net.pth.part.json",
+        }
+    open_at(tmp_path).clear()
+    assert [path.name for path in weights.iterdir() if path.suffix != ".lock"] == []
     open_at(tmp_path / "absent").clear()
 
 

@@ -259,7 +259,7 @@ def test_build_as_json(run: Run, builds: None) -> None:
     assert result.errors == []
     manifest = facts["manifest"]
     assert (manifest["model"], manifest["precision"], manifest["target"]["name"]) == (DIGITS, "fp16", "onnxruntime")
-    assert manifest["weights"]["kind"] == "published"
+    assert manifest["weights"]["kind"] == "file"
     weights = (BUILTIN / f"{DIGITS}.safetensors").read_bytes()
     assert manifest["weights"]["sha256"] == hashlib.sha256(weights).hexdigest()
     for name, file in manifest["files"].items():
@@ -802,3 +802,25 @@ def test_the_user_s_own_card_works_everywhere(run: Run, builds: None, make_card:
     result = run("classify", "mine-fp16", "image.png")
     assert result.code == 0
     assert all(name in result.out for name in ("ant", "bee", "cat"))
+
+
+def test_a_closed_stdout_is_no_traceback() -> None:
+    command = f"{sys.executable} -m rxdeploy models --json >&-"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60)
+    assert "Traceback" not in done.stderr
+
+
+def test_validate_takes_the_precision_of_a_file(run: Run, builds: None) -> None:
+    assert run("export", DIGITS, "--fp32", "-o", "model.onnx").code == 0
+    facts = json.loads(run("validate", DIGITS, "--onnx", "model.onnx", "--json").out)
+    assert (facts["precision"], facts["limits"]["relative_l2"]) == ("fp32", 1e-4)
+    assert list(facts["providers"]) == ["CPUExecutionProvider"]
+
+
+def test_names_cannot_command_the_terminal(run: Run, builds: None) -> None:
+    assert run("build", DIGITS, "--target", "onnxruntime", "-o", "bundle").code == 0
+    Path("names.txt").write_text("\n".join(["\x1b[31mred\x07"] * 10))
+    Image.new("RGB", (8, 8)).save("a\x1b[31mb.png")
+    result = run("classify", "bundle", "a\x1b[31mb.png", "--labels", "names.txt")
+    assert result.code == 0 and "red" in result.out
+    assert "\x1b[31m" not in result.out and "\x07" not in result.out

@@ -110,7 +110,7 @@ def test_a_bundle_has_everything(warm: Path) -> None:
     card = find_card(DIGITS)
     assert card.weights.file
     assert (manifest.model, manifest.precision, manifest.num_classes) == (DIGITS, "fp16", 10)
-    assert (manifest.weights.kind, manifest.weights.source) == ("published", card.weights.file)
+    assert (manifest.weights.kind, manifest.weights.source) == ("file", card.weights.file)
     assert manifest.weights.sha256 == hashlib.sha256(card.beside(card.weights.file).read_bytes()).hexdigest()
     assert manifest.card.sha256 == card.digest
     assert manifest.card.accuracy == card.accuracy
@@ -641,7 +641,11 @@ PLACES = [
     ("error", "words"),
     [
         (NO_TORCH, "the Python module torch is not installed here; pip install 'rxdeploy[build]' adds it"),
-        (NO_ROOM, "STAGE: No space left on device (/somewhere/model.onnx); free some room, or choose another folder"),
+        (
+            NO_ROOM,
+            "running the stage STAGE: No space left on device (/somewhere/model.onnx); free some room, or choose "
+            "another folder",
+        ),
         (MemoryError(), "STAGE: not enough memory"),
     ],
     ids=["module", "room", "memory"],

@@ -191,7 +191,7 @@ def read_labels(path: Path, num_classes: int) -> tuple[str, ...]:
     WordNet synset). InputError when the number of lines is not `num_classes`.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
         raise InputError(f"labels file {path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -110,7 +110,7 @@ def _configure(trt: Any, builder: Any, network: Any, options: EngineOptions) -> 
         rest = tuple(tensor.shape)[1:]
         profile.set_shape(tensor.name, *[(size, *rest) for size in (sizes.min, sizes.opt, sizes.max)])
         config.add_optimization_profile(profile)
-    # Layer names and types in the plan, which `inspect --layers` and the profiler show; it costs no speed.
+    # Layer names and types in the plan, for TensorRT's inspector and profiler.
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if options.workspace_mib is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mib << 20)

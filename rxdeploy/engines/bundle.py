@@ -18,7 +18,7 @@ import msgspec
 from rxdeploy import atomic
 from rxdeploy.cards import ModelCard
 from rxdeploy.cards.card import Accuracy, Figures, Input, Source
-from rxdeploy.errors import InputError
+from rxdeploy.errors import InputError, from_os_error
 
 SCHEMA: Literal[1] = 1
 UNSEALED = "0" * 64
@@ -28,6 +28,7 @@ PLAN = "engine.plan"
 LABELS = "labels.txt"
 
 Precision = Literal["fp32", "fp16"]
+InputKind = Literal["uint8", "float32"]
 
 
 class _Part(msgspec.Struct, frozen=True):
@@ -143,7 +144,7 @@ def read_manifest(path: Path) -> Manifest:
         if isinstance(head, dict) and type(head.get("schema")) is int and head["schema"] > SCHEMA:
             raise InputError(
                 f"bundle {path}: it has schema {head['schema']}, this rxdeploy reads up to {SCHEMA}; "
-                "upgrade it: pip install -U rxdeploy"
+                "install a newer one"
             )
         manifest = msgspec.convert(head, Manifest)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
@@ -223,9 +224,10 @@ def check_destination(destination: Path, model: str, precision: str, overwrite: 
         raise InputError(f"output {destination}: exists and is not a folder; choose another with -o")
     if Path.cwd().is_relative_to(destination.resolve()):
         raise InputError(f"output {destination}: is the working directory or above it; choose a folder inside with -o")
-    parent = next(folder for folder in destination.resolve().parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise InputError(f"output {destination}: {parent} is no folder that can be written to; choose another with -o")
+    try:
+        atomic.check_writable(destination)
+    except OSError as error:
+        raise from_os_error(error, f"output {destination}") from None
     if not destination.exists() or not any(destination.iterdir()):
         return
     foreign = {path.name for path in destination.iterdir()} - {MANIFEST, MODEL, PLAN, LABELS}

@@ -31,6 +31,7 @@ class Flavour:
     majors: tuple[int, ...]  # versions rxdeploy was written for
     refused: dict[str, str]  # option of EngineOptions -> why this flavour cannot do it
     refused_without_gpu: dict[str, str]
+    compute_capabilities: tuple[str, ...] = ()  # that it can be told to build for; empty: it builds for the GPU here
 
     def version(self) -> str | None:
         """The installed version, or None when the module is not installed."""
@@ -66,10 +67,11 @@ TENSORRT_RTX = Flavour(
     majors=(1,),
     refused={
         "version_compatible": "TensorRT-RTX has no lean runtime, which such plans need",
-        "hardware_compatible": "TensorRT-RTX ignores it: its plans already run on every GPU from compute capability "
-        "8.0 on; --compute-capability narrows or widens that",
+        "hardware_compatible": "TensorRT-RTX ignores it: its plans are for several GPU generations already; "
+        "--compute-capability narrows or widens that",
     },
     refused_without_gpu={"refit": _NEEDS_COMPILE, "strip_plan": _NEEDS_COMPILE},
+    compute_capabilities=("7.5", "8.0", "8.6", "8.9", "12.0", "12.1"),  # ComputeCapability of version 1.7.1
 )
 
 # Best first: the full library times its kernels on the very GPU; RTX leaves that to the first run.
@@ -103,14 +105,15 @@ def choose(target: Target, options: EngineOptions, driver: Driver | None = None)
             raise EnvironmentLacks(f"target {target}: {problem}")
         if problem := unable(flavour, options, driver):
             raise InputError(f"target {target}: {problem}")
-        return Choice(flavour, version, "asked for")
+        return Choice(flavour, version, "; ".join(["asked for", *unlisted_gpus(flavour, driver)]))
     passed_over = []
     for flavour in FLAVOURS:
         version = flavour.version()
         if problem := lacking(flavour, version, driver) or unable(flavour, options, driver):
             passed_over.append(f"{flavour.name}: {problem}")
         else:
-            return Choice(flavour, version, "; ".join(["the best TensorRT that can build here", *passed_over]))
+            best = "the best TensorRT that can build here"
+            return Choice(flavour, version, "; ".join([best, *unlisted_gpus(flavour, driver), *passed_over]))
     reason = "no TensorRT can build here: " + "; ".join(passed_over)
     refuse_engine_options(options, reason)
     return Choice(None, None, reason)
@@ -135,7 +138,22 @@ def unable(flavour: Flavour, options: EngineOptions, driver: Driver) -> str | No
     for option, why in refused.items():
         if getattr(options, option):
             return f"{_flag(option)} is not possible: {why}"
-    return None
+    wanted = options.compute_capabilities
+    for capability in wanted:
+        if capability not in flavour.compute_capabilities:
+            return f"--compute-capability {capability}: {flavour.name} knows {', '.join(flavour.compute_capabilities)}"
+    return "--compute-capability is given twice with the same value" if len(set(wanted)) < len(wanted) else None
+
+
+def unlisted_gpus(flavour: Flavour, driver: Driver) -> list[str]:
+    """A warning for each GPU here that `flavour` does not list, so that its plans may not run on it."""
+    listed = flavour.compute_capabilities
+    found = {".".join(map(str, gpu.compute_capability)): gpu.name for gpu in driver.gpus}
+    return [
+        f"{name} here has compute capability {capability}, which {flavour.name} does not list: plans may not run on it"
+        for capability, name in found.items()
+        if listed and capability not in listed
+    ]
 
 
 def refuse_engine_options(options: EngineOptions, why: str) -> None:

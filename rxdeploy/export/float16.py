@@ -54,11 +54,11 @@ def to_float16(model: ir.Model) -> tuple[ir.Model, Rounding]:
 
 
 def round_everywhere(model: ir.Model) -> ir.Model:
-    """A float32 copy of a float16 `model` that rounds every tensor to float16, and so computes what a GPU computes.
+    """A float32 copy of a float16 `model` that rounds every tensor to float16, as a GPU stores them.
 
     ONNX Runtime on a CPU runs a float16 graph in float32 and drops most of the casts in between, so it shows
     neither the rounding of activations nor their overflow. Here each cast is a node of its own, which it
-    keeps. Products are summed in float32, as TensorRT does. Tensors keep their names.
+    keeps. Products are summed in float32. Tensors keep their names.
     """
     model = ShapeInferencePass()(model.clone()).model  # a file from elsewhere need not say its tensors' types
     graph = model.graph

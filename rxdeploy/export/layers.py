@@ -19,7 +19,8 @@ from rxdeploy.engines.bundle import Precision
 from rxdeploy.export.float16 import round_everywhere
 from rxdeploy.export.graph import Weights
 from rxdeploy.export.reference import run_reference
-from rxdeploy.export.validate import LIMITS, load_model, model_input, open_session, run_session
+from rxdeploy.export.validate import LIMITS, load_model, model_input, relative_l2
+from rxdeploy.runtime.onnxrt import open_session, run_session
 
 LOGITS = "logits"
 
@@ -70,13 +71,13 @@ def _run_with_taps(
 def _compare(name: str, actual: NDArray[np.float32], expected: NDArray[np.float32], limit: float) -> LayerDeviation:
     if actual.shape != expected.shape:
         return LayerDeviation(name, float("inf"), float("inf"), float(np.abs(expected).max()), departs=True)
-    difference = actual.astype(np.float64) - expected
-    norm = float(np.linalg.norm(expected.astype(np.float64)))
-    relative = float(np.linalg.norm(difference)) / norm if norm else float(np.abs(difference).max() > 0)
+    relative = relative_l2(actual, expected)
+    with np.errstate(invalid="ignore"):
+        largest_error = float(np.abs(actual - expected).max())
     return LayerDeviation(
         name=name,
         relative_l2=relative,
-        max_abs_error=float(np.abs(difference).max()),
+        max_abs_error=largest_error,
         largest=float(np.abs(expected).max()),
         departs=not relative <= limit,  # NaN departs
     )

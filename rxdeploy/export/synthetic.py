@@ -6,7 +6,7 @@ channels differ from each other, and different images give different logits.
 
 The statistics are measured, layer by layer, on photographs and noise. That runs in float64 and the results
 are rounded to 12 bits of mantissa, far above the rounding errors in which machines differ, so that a seed
-gives the same bytes everywhere (up to a chance of about 1e-4 that some value sits on a rounding edge).
+gives the same bytes everywhere, unless some value happens to sit on a rounding edge.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from rxdeploy.export.samples import noise, photographs
 from rxdeploy.runtime.preprocess import normalise
 
 # A block's branch adds less than its shortcut carries, as in trained networks. At 0.4 rounding errors grow three
-# times as large through 33 blocks, which no trained network shows.
+# times as large through 33 blocks.
 BRANCH_GAIN = 0.25
 LOGIT_STD = 2.5  # spread of the logits, about that of a trained ImageNet classifier
 

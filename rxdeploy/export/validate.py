@@ -5,6 +5,7 @@ Images are photographs and noise; batch sizes are 1, the optimum, and one beyond
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +16,17 @@ from numpy.typing import NDArray
 
 from rxdeploy.cards import ModelCard
 from rxdeploy.engines.bundle import Precision
-from rxdeploy.errors import CheckFailed, InputError, missing_module
+from rxdeploy.errors import CheckFailed, EnvironmentLacks, InputError
 from rxdeploy.export.samples import noise, photographs
+from rxdeploy.runtime.onnxrt import CPU, available_providers, open_session, run_session
 from rxdeploy.runtime.preprocess import normalise
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 NOISE_IMAGES = 4
-PROVIDERS = ("CPUExecutionProvider", "CUDAExecutionProvider")
+MAX_BATCH = 64  # of what is validated: memory grows with it, and there are few different images anyway
+log = logging.getLogger("rxdeploy.validate")
 ROUNDING = "CPU, every tensor rounded to float16"  # how the figures of the rounding model are labelled
 
 
@@ -63,7 +66,8 @@ def validation_samples(card: ModelCard) -> Samples:
 
 
 def validation_batches(optimum: int) -> tuple[int, ...]:
-    """The batch sizes to run: 1, the optimum, and one beyond it."""
+    """The batch sizes to run: 1, the optimum (at most MAX_BATCH), and one beyond it."""
+    optimum = min(optimum, MAX_BATCH)
     return tuple(sorted({1, optimum, optimum + 1}))
 
 
@@ -76,13 +80,12 @@ def deviation(result: NDArray[np.float32], reference: NDArray[np.float32], tie: 
     else:
         decided = np.ones(len(reference), bool)
     agree = result.argmax(1) == reference.argmax(1)
-    with np.errstate(invalid="ignore"):  # infinite minus infinite: NaN is the answer, and fails the check
-        error = result - reference
-        relative_l2 = np.linalg.norm(error) / np.linalg.norm(reference)
+    with np.errstate(invalid="ignore"):  # as in relative_l2
+        error = np.abs(result - reference)
     return {
         "images": len(reference),
-        "max_abs_error": float(np.abs(error).max()),
-        "relative_l2": float(relative_l2),
+        "max_abs_error": float(error.max()),
+        "relative_l2": relative_l2(result, reference),
         "top1_agreement": float(agree.mean()),
         "ties": int((~decided).sum()),
         "flipped": int((decided & ~agree).sum()),
@@ -101,7 +104,13 @@ def validate_model(
     samples, limits = validation_samples(card), LIMITS[precision]
     providers = {}
     for provider in available_providers():
-        session = open_session(model, provider)
+        try:
+            session = open_session(model, provider)
+        except EnvironmentLacks as error:
+            if provider == CPU:
+                raise
+            log.warning("not validated on %s: %s", provider, error)
+            continue
         rows = {batch: _run(card, session, samples, batch) for batch in batches}
         providers[provider] = _figures(samples, reference, rows, limits)
         del session  # before the next one is made: each holds the weights
@@ -111,6 +120,7 @@ def validate_model(
         providers[ROUNDING] = _figures(samples, reference, {batch: _run(card, session, samples, batch)}, limits)
     worst = [figures["all"] for figures in providers.values()]
     return {
+        "precision": precision,
         "passed": all(within(figures, limits) for figures in worst),
         "limits": {"relative_l2": limits.relative_l2, "tie": limits.tie, "flipped": 0},
         "reference": "PyTorch in float32",
@@ -123,36 +133,12 @@ def within(figures: dict[str, Any], limits: Limits) -> bool:
     return figures["relative_l2"] <= limits.relative_l2 and figures["flipped"] == 0
 
 
-def available_providers() -> list[str]:
-    """The ONNX Runtime execution providers to validate on."""
-    return [name for name in PROVIDERS if name in _onnxruntime().get_available_providers()]
-
-
-def _onnxruntime() -> Any:
-    try:
-        import onnxruntime
-    except ModuleNotFoundError as error:
-        raise missing_module(error) from None
-    return onnxruntime
-
-
-def open_session(model: Path | bytes, provider: str = "CPUExecutionProvider") -> Any:
-    """An ONNX Runtime session on one provider, quiet about what it does not like in the graph."""
-    ort = _onnxruntime()
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    try:
-        return ort.InferenceSession(model if isinstance(model, bytes) else str(model), options, providers=[provider])
-    except Exception as error:  # ONNX Runtime's exceptions share no base of their own
-        raise CheckFailed(f"ONNX Runtime cannot load the model: {str(error).strip().splitlines()[0]}") from None
-
-
-def run_session(session: Any, names: list[str], feed: dict[str, NDArray]) -> list[NDArray]:
-    """The named outputs of a session; CheckFailed with ONNX Runtime's first line when it cannot compute them."""
-    try:
-        return session.run(names, feed)
-    except Exception as error:  # ONNX Runtime's exceptions share no base of their own
-        raise CheckFailed(f"ONNX Runtime cannot run the model: {str(error).strip().splitlines()[0]}") from None
+def relative_l2(result: NDArray, reference: NDArray) -> float:
+    """|result - reference| / |reference|, in float64; 0 when both are nothing, NaN when a value is none."""
+    with np.errstate(invalid="ignore"):  # infinite minus infinite: NaN is the answer, and fails every check
+        error = float(np.linalg.norm(result.astype(np.float64) - reference))
+        norm = float(np.linalg.norm(reference.astype(np.float64)))
+        return error / norm if norm else float(error > 0)
 
 
 def check_interface(card: ModelCard, path: Path) -> None:
@@ -186,6 +172,14 @@ def rounding_model(path: Path) -> bytes:
     from rxdeploy.export.float16 import round_everywhere
 
     return bytes(ir.to_proto(round_everywhere(load_model(path))).SerializeToString())
+
+
+def precision_of(path: Path) -> Precision:
+    """The precision of the ONNX file at `path`: fp16 when it has weights in float16."""
+    import onnx_ir as ir
+
+    weights = ir.load(path).graph.initializers.values()
+    return "fp16" if any(weight.dtype == ir.DataType.FLOAT16 for weight in weights) else "fp32"
 
 
 def load_model(path: Path) -> ir.Model:

@@ -6,6 +6,7 @@ refused, not run.
 
 from __future__ import annotations
 
+import argparse
 import pickle
 import re
 from collections.abc import Callable, Mapping
@@ -17,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rxdeploy.cards import ModelCard
+from rxdeploy.cards.card import Weights
 from rxdeploy.engines.bundle import WeightsOrigin, sha256_of
-from rxdeploy.errors import EnvironmentLacks, InputError, from_os_error, missing_module
+from rxdeploy.errors import EnvironmentLacks, InputError, from_os_error, missing_module, printable
 from rxdeploy.export.architecture import count_parameters, resnext
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ StateDict = dict[str, NDArray[np.float32]]
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")
 # Prefixes that DataParallel, torch.compile and Lightning put before every name.
 PREFIXES = ("module.", "_orig_mod.", "model.")
+MAX_MODEL_BYTES = 2**31 - 2**20  # protobuf ends at 2 GiB; the graph itself needs far less than 1 MiB
 LISTED = 20  # misfits of one kind that an error lists before it counts the rest
 
 
@@ -60,11 +63,9 @@ def resolve_weights(
         seed = _seed(option)
         return WeightsSource("synthetic", _origin("synthetic", f"synthetic:{seed}", None), seed=seed)
     if option is not None:
-        return _from_file(card, Path(option), "file")
+        return _from_file(Path(option))
     if card.weights.file:
-        source = _from_file(card, card.beside(card.weights.file), "published")
-        _check_prefix(card, source)
-        return source
+        return _from_file(card.beside(card.weights.file), card.weights)
     if card.weights.url:
         from rxdeploy.export.download import fetch_weights
 
@@ -80,7 +81,7 @@ def resolve_weights(
 
 def _seed(option: str) -> int:
     text = option.partition(":")[2] or "0"
-    if not re.fullmatch(r"\d{1,9}", text):
+    if not re.fullmatch(r"[0-9]{1,9}", text):
         raise InputError(f"--weights {option}: the seed must be a whole number from 0 to 999999999")
     return int(text)
 
@@ -89,26 +90,27 @@ def _origin(kind: Any, source: str, digest: str | None, licence: str | None = No
     return WeightsOrigin(kind=kind, source=source, sha256=digest, licence=licence)
 
 
-def _from_file(card: ModelCard, path: Path, kind: Literal["published", "file"]) -> WeightsSource:
+def _from_file(path: Path, claims: Weights | None = None) -> WeightsSource:
+    """Weights in a file; `claims` are what the card says of it, checked."""
     if path.exists() and not path.is_file():
         raise InputError(f"weights file {path}: not a plain file")  # reading a device or a pipe might never end
     try:
-        digest = sha256_of(path)
+        digest, size = sha256_of(path), path.stat().st_size
     except FileNotFoundError:
         raise InputError(f"weights file {path}: no such file") from None
     except OSError as error:
         raise from_os_error(error, f"reading weights file {path}") from None
-    licence = card.weights.licence if kind == "published" else None
-    return WeightsSource(kind, _origin(kind, path.name, digest, licence), path=path)
-
-
-def _check_prefix(card: ModelCard, source: WeightsSource) -> None:
-    expected, actual = card.weights.sha256_prefix, source.origin.sha256 or ""
-    if expected and not actual.startswith(expected):
+    prefix = claims and claims.sha256_prefix
+    if prefix and not digest.startswith(prefix):
         raise InputError(
-            f"weights file {source.path}: sha256 begins {actual[: len(expected)]}, the card says {expected}; "
+            f"weights file {path}: sha256 begins {digest[: len(prefix)]}, the card says {prefix}; "
             "put the right file there, or correct the card"
         )
+    if claims and claims.file_size not in (None, size):
+        raise InputError(
+            f"weights file {path}: has {size} bytes, the card says {claims.file_size}; correct one of them"
+        )
+    return WeightsSource("file", _origin("file", path.name, digest, claims.licence if claims else None), path=path)
 
 
 def load_weights(card: ModelCard, source: WeightsSource) -> StateDict:
@@ -136,11 +138,11 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         with path.open("rb") as file:
             head = file.read(9)
         # By content, not by name: a safetensors file begins with the length of its JSON header.
-        stored = (
-            safetensors.torch.load_file(path)
-            if head[8:9] == b"{"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
+        if head[8:9] == b"{":
+            stored = safetensors.torch.load_file(path)
+        else:
+            with torch.serialization.safe_globals(_harmless()):
+                stored = torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
         raise EnvironmentLacks(f"weights file {path}: does not fit into memory") from None
     except pickle.UnpicklingError as error:
@@ -151,8 +153,16 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise InputError(f"weights file {path}: damaged or in no format we read: {_first_line(error)}") from None
     tensors = _unwrap(stored)
     if not tensors:
-        raise InputError(f"weights file {path}: holds no tensors by name; expected a state dict (.pth or .safetensors)")
+        keys = _listed("it holds", [str(key) for key in stored]) if isinstance(stored, Mapping) else ""
+        raise InputError(
+            f"weights file {path}: holds no tensors by name; expected a state dict (.pth or .safetensors){keys}"
+        )
     return tensors
+
+
+def _harmless() -> list[Any]:
+    """What training scripts keep beside the weights, and cannot do anything: their arguments, and NumPy's numbers."""
+    return [argparse.Namespace, np.float64(0).__reduce__()[0], np.dtype, *map(type, map(np.dtype, "fdil"))]
 
 
 def _array(path: Path, name: str, tensor: Tensor) -> NDArray[np.float32]:
@@ -242,17 +252,19 @@ def _listed(what: str, items: list[str]) -> str:
     if not items:
         return ""
     more = f", and {len(items) - LISTED} more" if len(items) > LISTED else ""
-    # Names come from a file we did not write: nothing in them may reach the terminal as a command.
-    shown = ("".join(c if c.isprintable() else "?" for c in item) for item in items[:LISTED])
-    return f"\n  {what}: {', '.join(shown)}{more}"
+    return f"\n  {what}: {', '.join(map(printable, items[:LISTED]))}{more}"
 
 
 def check_parameters(card: ModelCard) -> None:
-    """InputError when the card's parameter figure is not that of its architecture.
+    """InputError when the card's parameter figure is not that of its architecture, or too large for an ONNX file.
 
     The figure may be rounded: it has to agree within half of its last non-zero decimal place.
     """
     claimed, counted = card.figures.parameters, count_parameters(resnext(card))
+    if counted * 4 > MAX_MODEL_BYTES:
+        raise InputError(
+            f"card {card.name}: its architecture has {counted:,} parameters, more than one ONNX file can hold (2 GiB)"
+        )
     if claimed is None:
         return
     place = 10 ** (len(str(claimed)) - len(str(claimed).rstrip("0")))

@@ -42,6 +42,8 @@ def open_rgb(path: Path) -> Image.Image:
     EXIF orientation is applied; greyscale, palette, CMYK and 16-bit images are converted; transparent
     pixels are laid on white. InputError for what is no image, is truncated, or has too many pixels.
     """
+    if path.exists() and not path.is_file():
+        raise InputError(f"image {path}: not a plain file")  # reading a pipe might never end
     try:
         with Image.open(path, formats=_formats()) as image:
             if image.width * image.height > MAX_PIXELS:
@@ -124,7 +126,8 @@ def transform(image: Image.Image, image_size: int, crop_pct: float, interpolatio
         size = max(shorter, int(shorter * width / height)), shorter
     if size[0] * size[1] > MAX_PIXELS:
         raise InputError(
-            f"an image of {width} x {height} pixels is too long and narrow to be resized to {size}; crop it"
+            f"{width} x {height} pixels would be resized to {size[0]} x {size[1]}, more than the {MAX_PIXELS:,} "
+            "allowed: too long and narrow, or crop_pct too small"
         )
     if size != image.size:
         image = image.resize(size, RESAMPLING[interpolation])

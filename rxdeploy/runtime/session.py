@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +14,14 @@ from numpy.typing import NDArray
 from rxdeploy.cards import read_labels
 from rxdeploy.engines import bundle as bundles
 from rxdeploy.engines.bundle import Bundle
-from rxdeploy.errors import CheckFailed, EnvironmentLacks, InputError, missing_module
+from rxdeploy.errors import CheckFailed, EnvironmentLacks, InputError
+from rxdeploy.runtime.onnxrt import CPU, CUDA, available_providers, open_session, run_session
 from rxdeploy.runtime.preprocess import normalise, open_rgb, transform
 
 Device = Literal["auto", "cpu", "cuda"]
 
-_PROVIDER = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_PROVIDER = {"cpu": CPU, "cuda": CUDA}
+log = logging.getLogger("rxdeploy.runtime")
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,10 @@ class Session:
             raise InputError(f"image {path}: {error}") from None
 
     def run(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Logits, float32 (n, num_classes), of uint8 RGB images (n, image_size, image_size, 3)."""
+        """Logits, float32 (n, num_classes), of uint8 RGB images (n, image_size, image_size, 3).
+
+        InputError for another dtype or shape; CheckFailed when ONNX Runtime fails or a logit is not finite.
+        """
         manifest = self.bundle.manifest
         size = manifest.preprocessing.image_size
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (size, size, 3):
@@ -72,7 +78,7 @@ class Session:
         feed: NDArray[Any] = images
         if not manifest.normalisation_in_graph:
             feed = normalise(images, manifest.preprocessing.mean, manifest.preprocessing.std)
-        logits = self._session.run(["logits"], {manifest.inputs[0].name: feed})[0]
+        logits = run_session(self._session, ["logits"], {manifest.inputs[0].name: feed})[0]
         if not np.isfinite(logits).all():
             raise CheckFailed(
                 f"bundle {self.bundle.path}: the logits hold NaN or infinity; validate the model, or build with --fp32"
@@ -80,7 +86,10 @@ class Session:
         return logits
 
     def classify(self, images: NDArray[np.uint8], k: int = 5) -> list[list[Prediction]]:
-        """The `k` most probable classes of each image, best first; all of them when `k` is more."""
+        """The `k` most probable classes of each image, best first; all of them when `k` is more.
+
+        `images` and errors as for `run`; InputError too when `k` is less than 1.
+        """
         if k < 1:
             raise InputError(f"k is {k}; it must be at least 1")
         return [self._top(row, k) for row in self.run(images)]
@@ -88,7 +97,10 @@ class Session:
     def classify_files(
         self, paths: Iterable[Path], k: int = 5
     ) -> tuple[list[tuple[Path, list[Prediction]]], list[InputError]]:
-        """The `k` most probable classes of each image file, and the errors of those that could not be read."""
+        """The `k` most probable classes of each image file, and the errors of those that could not be read.
+
+        Any other error (see `run`) ends it, with the results so far lost.
+        """
         results: list[tuple[Path, list[Prediction]]] = []
         failures: list[InputError] = []
         for path in paths:
@@ -111,22 +123,14 @@ class Session:
 
 
 def _open(bundle: Bundle, device: Device) -> tuple[str, Any]:
-    try:
-        import onnxruntime as ort
-    except ModuleNotFoundError as error:
-        raise missing_module(error) from None
-    here = ort.get_available_providers()
-    if device == "auto":
-        device = "cuda" if _PROVIDER["cuda"] in here else "cpu"
-    if _PROVIDER[device] not in here:
-        raise EnvironmentLacks(
-            f"device {device}: this ONNX Runtime has no {_PROVIDER[device]}; pip install 'rxdeploy[gpu]' adds it"
-        )
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
     model = bundle.file(bundles.MODEL)
-    try:
-        return device, ort.InferenceSession(str(model), options, providers=[_PROVIDER[device]])
-    except Exception as error:  # ONNX Runtime's exceptions share no base of their own
-        first = str(error).strip().splitlines()[0]
-        raise EnvironmentLacks(f"bundle {bundle.path}: ONNX Runtime cannot load {model.name}: {first}") from None
+    if device not in ("auto", *_PROVIDER):
+        raise InputError(f"device {device!r}: must be auto, cpu or cuda")
+    if device != "auto":
+        return device, open_session(model, _PROVIDER[device])
+    if CUDA in available_providers():
+        try:
+            return "cuda", open_session(model, CUDA)
+        except EnvironmentLacks as error:
+            log.info("running on the CPU: %s", error)
+    return "cpu", open_session(model, CPU)

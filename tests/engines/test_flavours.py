@@ -11,7 +11,7 @@ import pytest
 
 from rxdeploy.engines import flavours
 from rxdeploy.engines.flavours import FLAVOURS, TENSORRT, TENSORRT_RTX, Flavour, choose
-from rxdeploy.engines.gpu import Driver
+from rxdeploy.engines.gpu import Driver, Gpu
 from rxdeploy.engines.options import EngineOptions, Profile
 from rxdeploy.errors import EnvironmentLacks, InputError
 
@@ -212,3 +212,22 @@ def test_looking_a_flavour_up_imports_nothing(monkeypatch: pytest.MonkeyPatch) -
     for flavour in FLAVOURS:
         flavour.version()
     assert [flavour.name for flavour in FLAVOURS] == ["tensorrt", "tensorrt-rtx"]
+
+
+def test_a_gpu_that_rtx_does_not_list_is_mentioned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Flavour, "version", lambda self: "1.7.1" if self is TENSORRT_RTX else None)
+    for capability, listed in (((8, 9), True), ((9, 0), False)):
+        driver = Driver((13, 0), (Gpu("NVIDIA Test", capability, 80 << 30),), None)
+        reason = choose("auto", EngineOptions(), driver).reason
+        assert ("NVIDIA Test here has compute capability 9.0, which tensorrt-rtx does not list" in reason) != listed
+
+
+@pytest.mark.parametrize(
+    ("wanted", "words"), [(("9.0",), "tensorrt-rtx knows 7.5, 8.0"), (("8.6", "8.6"), "given twice")]
+)
+def test_compute_capabilities_are_checked_before_the_build(
+    monkeypatch: pytest.MonkeyPatch, wanted: tuple[str, ...], words: str
+) -> None:
+    monkeypatch.setattr(Flavour, "version", lambda self: "1.7.1" if self is TENSORRT_RTX else None)
+    with pytest.raises(InputError, match=words):
+        choose("tensorrt-rtx", EngineOptions(compute_capabilities=wanted), Driver(None, (), "no driver"))

@@ -26,6 +26,7 @@ from rxdeploy.export.validate import (
     check_interface,
     deviation,
     open_session,
+    relative_l2,
     validate_model,
     validation_batches,
     validation_samples,
@@ -441,3 +442,16 @@ def test_files_with_weights_outside_are_read(
     assert path.with_name("model.onnx.data").is_file()
     check_interface(card, path)
     assert validate_model(card, path, "fp32", reference, (1,))["passed"] is True
+
+
+def test_relative_l2_of_nothing() -> None:
+    nothing, something = np.zeros((2, 3)), np.ones((2, 3))
+    assert relative_l2(nothing, nothing) == 0
+    assert relative_l2(something, nothing) == 1
+    assert relative_l2(2 * something, something) == 1
+    assert np.isnan(relative_l2(something * np.nan, something))
+
+
+def test_what_is_validated_does_not_grow_with_the_batch() -> None:
+    assert validation_batches(8) == (1, 8, 9)
+    assert validation_batches(4096) == (1, 64, 65)

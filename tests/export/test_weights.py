@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import os
 import pickle
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import safetensors.torch
@@ -21,7 +23,7 @@ from torch import Tensor
 from rxdeploy.cards import ModelCard
 from rxdeploy.errors import EnvironmentLacks, InputError
 from rxdeploy.export.module import ResNeXt
-from rxdeploy.export.weights import load_weights, resolve_weights
+from rxdeploy.export.weights import check_parameters, load_weights, resolve_weights
 
 State = dict[str, Tensor]
 Save = Callable[[Any, Path], None]
@@ -382,7 +384,7 @@ def test_file_beside_the_card(
     monkeypatch.chdir("/")  # beside the card, not beside whoever runs
     card = own_card(make_card, file="weights/net.safetensors", sha256_prefix=digest[:12], licence="MIT")
     source = resolve_weights(card, None, tmp_path / "cache")
-    assert (source.kind, source.identity, source.origin.licence) == ("published", digest, "MIT")
+    assert (source.kind, source.identity, source.origin.licence) == ("file", digest, "MIT")
     assert_same(load_weights(card, source), state)
     assert not (tmp_path / "cache").exists()
 
@@ -417,3 +419,24 @@ def test_too_large_for_memory(card: ModelCard, state: State, tmp_path: Path, mon
     monkeypatch.setattr(torch, "load", full)
     with pytest.raises(EnvironmentLacks, match="does not fit into memory"):
         load(card, tmp_path / "net.pth")
+
+
+def test_what_training_scripts_keep_beside_the_weights(card: ModelCard, state: State, tmp_path: Path) -> None:
+    """Their arguments and NumPy's numbers are pickled objects, and harmless."""
+    beside = {"args": argparse.Namespace(lr=0.1), "best_acc": np.float64(0.9), "epoch": np.int64(3)}
+    torch.save({"state_dict": state, **beside}, tmp_path / "net.pth")
+    assert load_weights(card, resolve_weights(card, str(tmp_path / "net.pth"), tmp_path)).keys()
+
+
+def test_a_model_too_large_for_onnx_is_refused(card: ModelCard) -> None:
+    architecture = msgspec.structs.replace(card.architecture, num_classes=1_000_000, channels=(64, 512))
+    with pytest.raises(InputError, match=r"more than one ONNX file can hold \(2 GiB\)"):
+        check_parameters(msgspec.structs.replace(card, architecture=architecture))
+
+
+def test_the_cards_file_size_is_checked(card: ModelCard, state: State, tmp_path: Path) -> None:
+    torch.save(state, tmp_path / "net.pth")
+    weights = msgspec.structs.replace(card.weights, file="net.pth", url=None, sha256_prefix=None, file_size=5)
+    card = msgspec.structs.replace(card, weights=weights, path=tmp_path / "card.toml")
+    with pytest.raises(InputError, match=r"net\.pth: has [0-9]+ bytes, the card says 5"):
+        resolve_weights(card, None, tmp_path)

@@ -226,8 +226,43 @@ def test_cuda_where_there_is_none(digits_bundle: Bundles) -> None:
 
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("this ONNX Runtime has the CUDA provider")
-    with pytest.raises(EnvironmentLacks, match=r"cuda.*rxdeploy\[gpu\]"):
+    with pytest.raises(EnvironmentLacks, match=r"CUDA.*rxdeploy\[gpu\]"):
         runtime.load(digits_bundle(), "cuda")
+
+
+@pytest.fixture
+def cuda_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An onnxruntime-gpu without CUDA libraries: it lists the provider, and falls back to the CPU without a word."""
+    import onnxruntime
+
+    original = onnxruntime.InferenceSession
+    monkeypatch.setattr(
+        onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    )
+    monkeypatch.setattr(
+        onnxruntime,
+        "InferenceSession",
+        lambda model, options, providers: original(model, options, providers=["CPUExecutionProvider"]),
+    )
+
+
+def test_cuda_that_does_not_start_is_not_called_cuda(digits_bundle: Bundles, cuda_that_does_not_start: None) -> None:
+    with pytest.raises(EnvironmentLacks, match="CUDAExecutionProvider does not start here"):
+        runtime.load(digits_bundle(), "cuda")
+    assert runtime.load(digits_bundle(), "auto").device == "cpu"
+
+
+def test_cuda_that_does_not_start_is_not_validated_on(digits_bundle: Bundles, cuda_that_does_not_start: None) -> None:
+    validate = pytest.importorskip("rxdeploy.export.validate")
+    card = find_card("digits_resnext14_8x8d")
+    reference = np.zeros((len(validate.validation_samples(card).images), 10), np.float32)
+    facts = validate.validate_model(card, digits_bundle("fp32") / bundles.MODEL, "fp32", reference, (1,))
+    assert list(facts["providers"]) == ["CPUExecutionProvider"]
+
+
+def test_a_device_that_is_none(digits_bundle: Bundles) -> None:
+    with pytest.raises(InputError, match="device 'tpu': must be auto, cpu or cuda"):
+        runtime.load(digits_bundle(), "tpu")
 
 
 def test_without_onnxruntime_the_error_says_what_to_install(
@@ -257,7 +292,7 @@ def test_non_finite_logits_fail_the_check(digits_bundle: Bundles, tmp_path: Path
 
 def test_a_model_that_onnxruntime_cannot_read(digits_bundle: Bundles, tmp_path: Path) -> None:
     broken = rewritten(digits_bundle(), tmp_path / "broken", {bundles.MODEL: b"this is no protobuf"})
-    with pytest.raises(RxDeployError, match=r"broken.*ONNX Runtime cannot load model\.onnx"):
+    with pytest.raises(RxDeployError, match=r"ONNX Runtime cannot load .*broken/model\.onnx"):
         runtime.load(broken)
 
 

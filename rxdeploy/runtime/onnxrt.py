@@ -1,0 +1,67 @@
+"""ONNX Runtime: one way to open a session and to run it, for the runtime and for validation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from rxdeploy.errors import CheckFailed, EnvironmentLacks, missing_module
+
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+
+# TF32 would round float32 convolutions to 10 bits of mantissa, which is no float32 any more.
+_PROVIDER_OPTIONS: dict[str, dict[str, str]] = {CPU: {}, CUDA: {"use_tf32": "0"}}
+
+
+def available_providers() -> list[str]:
+    """Those of CPU and CUDA that this ONNX Runtime was built with; whether CUDA works, only a session tells."""
+    return [name for name in (CPU, CUDA) if name in _onnxruntime().get_available_providers()]
+
+
+def open_session(model: Path | bytes, provider: str = CPU) -> Any:
+    """An `onnxruntime.InferenceSession` on one provider.
+
+    EnvironmentLacks when the provider is not here: ONNX Runtime itself would fall back to the CPU without a
+    word. CheckFailed when it cannot load the model.
+    """
+    ort = _onnxruntime()
+    if provider not in ort.get_available_providers():
+        raise EnvironmentLacks(f"this ONNX Runtime has no {provider}; pip install 'rxdeploy[gpu]' adds CUDA's")
+    if provider == CUDA and hasattr(ort, "preload_dlls"):
+        ort.preload_dlls()  # the CUDA libraries that came as Python packages
+    options = ort.SessionOptions()
+    options.log_severity_level = 4  # what it cannot do is an exception or seen below
+    source = model if isinstance(model, bytes) else str(model)
+    try:
+        session = ort.InferenceSession(source, options, providers=[(provider, _PROVIDER_OPTIONS[provider])])
+    except Exception as error:  # ONNX Runtime's exceptions share no base of their own
+        what = "the model" if isinstance(model, bytes) else model
+        raise CheckFailed(f"ONNX Runtime cannot load {what}: {_first_line(error)}") from None
+    if session.get_providers()[0] != provider:
+        raise EnvironmentLacks(
+            f"ONNX Runtime's {provider} does not start here (no GPU, or its CUDA libraries are missing); "
+            "`rxdeploy doctor` shows what is here"
+        )
+    return session
+
+
+def run_session(session: Any, names: list[str], feed: dict[str, NDArray]) -> list[NDArray]:
+    """The named outputs of a session; CheckFailed with ONNX Runtime's first line when it cannot compute them."""
+    try:
+        return session.run(names, feed)
+    except Exception as error:  # as above
+        raise CheckFailed(f"ONNX Runtime cannot run the model: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        raise missing_module(error) from None
+    return onnxruntime
