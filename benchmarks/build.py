@@ -60,6 +60,8 @@ def _measure(arguments: list[str], environment: dict[str, str]) -> dict[str, Any
     if status:
         raise SystemExit(f"rxdeploy {' '.join(arguments)} failed with status {os.waitstatus_to_exitcode(status)}")
     stages = json.loads(output)["stages"] if "--json" in arguments else []
+    for stage in stages:
+        stage["detail"] = stage["detail"].replace(str(Path(arguments[-2]).parent), "DIR")
     return {"seconds": seconds, "peak_bytes": usage.ru_maxrss * 1024, "stages": stages}
 
 
