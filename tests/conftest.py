@@ -107,3 +107,17 @@ def run_onnx() -> Callable[..., NDArray[np.float32]]:
         return session.run(None, {session.get_inputs()[0].name: array})[0]
 
     return run
+
+
+@pytest.fixture
+def card(make_card: Callable[..., ModelCard]) -> ModelCard:
+    """The small card as it is."""
+    return make_card()
+
+
+@pytest.fixture
+def weights(
+    card: ModelCard, random_weights: Callable[..., dict[str, NDArray[np.float32]]]
+) -> dict[str, NDArray[np.float32]]:
+    """Weights for it."""
+    return random_weights(card)

@@ -7,6 +7,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from rxdeploy.engines.gpu import find_driver
 from rxdeploy.errors import CheckFailed, EnvironmentLacks, missing_module
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -16,8 +17,9 @@ _PROVIDER_OPTIONS: dict[str, dict[str, str]] = {CPU: {}, CUDA: {"use_tf32": "0"}
 
 
 def available_providers() -> list[str]:
-    """Those of CPU and CUDA that this ONNX Runtime was built with; whether CUDA works, only a session tells."""
-    return [name for name in (CPU, CUDA) if name in _onnxruntime().get_available_providers()]
+    """CPU, and CUDA where this ONNX Runtime has it and there is a GPU; whether it starts, only a session tells."""
+    here = _onnxruntime().get_available_providers()
+    return [CPU] if CUDA not in here or find_driver().problem else [CPU, CUDA]
 
 
 def open_session(model: Path | bytes, provider: str = CPU) -> Any:
@@ -29,8 +31,11 @@ def open_session(model: Path | bytes, provider: str = CPU) -> Any:
     ort = _onnxruntime()
     if provider not in ort.get_available_providers():
         raise EnvironmentLacks(f"this ONNX Runtime has no {provider}; pip install 'rxdeploy[gpu]' adds CUDA's")
-    if provider == CUDA and hasattr(ort, "preload_dlls"):
-        ort.preload_dlls()  # the CUDA libraries that came as Python packages
+    if provider == CUDA:
+        if problem := find_driver().problem:
+            raise EnvironmentLacks(f"ONNX Runtime's {provider} needs a GPU: {problem}")
+        if hasattr(ort, "preload_dlls"):
+            ort.preload_dlls()  # the CUDA libraries that came as Python packages
     options = ort.SessionOptions()
     options.log_severity_level = 4  # what it cannot do is an exception or seen below
     source = model if isinstance(model, bytes) else str(model)
@@ -41,8 +46,8 @@ def open_session(model: Path | bytes, provider: str = CPU) -> Any:
         raise CheckFailed(f"ONNX Runtime cannot load {what}: {_first_line(error)}") from None
     if session.get_providers()[0] != provider:
         raise EnvironmentLacks(
-            f"ONNX Runtime's {provider} does not start here (no GPU, or its CUDA libraries are missing); "
-            "`rxdeploy doctor` shows what is here"
+            f"ONNX Runtime's {provider} does not start here, its CUDA libraries are missing or of another version; "
+            "pip install -U 'rxdeploy[gpu]' brings them"
         )
     return session
 

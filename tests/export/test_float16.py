@@ -87,16 +87,6 @@ def types_of(model: bytes) -> dict[str, int]:
     return types
 
 
-@pytest.fixture
-def card(make_card: Callable[..., ModelCard]) -> ModelCard:
-    return make_card()
-
-
-@pytest.fixture
-def weights(card: ModelCard, random_weights: Callable[..., Weights]) -> Weights:
-    return random_weights(card)
-
-
 def pictures(card: ModelCard, kind: InputKind) -> NDArray:
     size, random = card.input.image_size, np.random.default_rng(0)
     if kind == "uint8":

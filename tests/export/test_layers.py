@@ -26,16 +26,6 @@ Weights = dict[str, NDArray[np.float32]]
 
 
 @pytest.fixture
-def card(make_card: Callable[..., ModelCard]) -> ModelCard:
-    return make_card()
-
-
-@pytest.fixture
-def weights(card: ModelCard, random_weights: Callable[..., Weights]) -> Weights:
-    return random_weights(card)
-
-
-@pytest.fixture
 def images(card: ModelCard) -> NDArray[np.uint8]:
     return validation_samples(card).images[[0, -1]]
 

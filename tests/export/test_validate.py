@@ -121,16 +121,6 @@ def test_samples_are_photographs_and_noise(make_card: Callable[..., ModelCard]) 
 
 
 @pytest.fixture
-def card(make_card: Callable[..., ModelCard]) -> ModelCard:
-    return make_card()
-
-
-@pytest.fixture
-def weights(card: ModelCard, random_weights: Callable[..., Weights]) -> Weights:
-    return random_weights(card)
-
-
-@pytest.fixture
 def reference(card: ModelCard, weights: Weights) -> NDArray[np.float32]:
     return run_reference(card, weights, validation_samples(card).images)
 

@@ -18,7 +18,9 @@ from PIL import Image
 import rxdeploy.runtime as runtime
 from rxdeploy.cards import ModelCard, find_card
 from rxdeploy.engines import bundle as bundles
+from rxdeploy.engines.gpu import Driver, Gpu
 from rxdeploy.errors import CheckFailed, EnvironmentLacks, InputError, RxDeployError
+from rxdeploy.runtime import onnxrt
 
 SIZE = 64
 CLASSES = 10
@@ -235,6 +237,8 @@ def cuda_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """An onnxruntime-gpu without CUDA libraries: it lists the provider, and falls back to the CPU without a word."""
     import onnxruntime
 
+    gpu = Gpu("NVIDIA Test", (9, 0), 80 << 30)
+    monkeypatch.setattr(onnxrt, "find_driver", lambda: Driver((13, 0), (gpu,), None))
     original = onnxruntime.InferenceSession
     monkeypatch.setattr(
         onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
@@ -258,6 +262,15 @@ def test_cuda_that_does_not_start_is_not_validated_on(digits_bundle: Bundles, cu
     reference = np.zeros((len(validate.validation_samples(card).images), 10), np.float32)
     facts = validate.validate_model(card, digits_bundle("fp32") / bundles.MODEL, "fp32", reference, (1,))
     assert list(facts["providers"]) == ["CPUExecutionProvider"]
+
+
+def test_cuda_without_a_gpu_is_not_tried(
+    digits_bundle: Bundles, monkeypatch: pytest.MonkeyPatch, cuda_that_does_not_start: None
+) -> None:
+    monkeypatch.setattr(onnxrt, "find_driver", lambda: Driver(None, (), "no NVIDIA driver"))
+    with pytest.raises(EnvironmentLacks, match="needs a GPU: no NVIDIA driver"):
+        runtime.load(digits_bundle(), "cuda")
+    assert onnxrt.available_providers() == ["CPUExecutionProvider"]
 
 
 def test_a_device_that_is_none(digits_bundle: Bundles) -> None:
