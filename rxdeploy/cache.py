@@ -104,11 +104,11 @@ class Cache:
                 files = {path.name: [path.stat().st_size, sha256_of(path)] for path in sorted(new.iterdir())}
                 body = json.dumps({"facts": facts, "files": files})
                 (new / _ENTRY).write_text(f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}")
+                # Held before it has its name: another process's eviction could come first.
+                self._in_use.append((new / _ENTRY).open("rb"))
+                fcntl.flock(self._in_use[-1], fcntl.LOCK_SH)
             self._made.add(folder.name)
-            entry = self._lookup(folder, verify=False)
-            assert entry is not None, "an entry just written can be read"
-            # Through JSON and back, as a later build will see it.
-            return Entry(entry.folder, entry.facts, reused=False)
+            return Entry(folder, json.loads(body)["facts"], reused=False)  # as a later build will see them
 
     def _lookup(self, folder: Path, verify: bool) -> Entry | None:
         """The entry in `folder`, held against eviction, or None when there is none or it is damaged."""

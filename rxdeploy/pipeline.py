@@ -257,10 +257,10 @@ class Pipeline:
 
     def validation_failure(self, facts: dict[str, Any], model: Path) -> str:
         """Why a validation failed, with the first tensor that departs."""
-        precision = facts["precision"]
         from rxdeploy.export.float16 import FLOAT16_MAX
         from rxdeploy.export.layers import first_departure
 
+        precision = facts["precision"]
         provider, figures = max(
             ((provider, group["all"]) for provider, group in facts["providers"].items()),
             key=lambda item: (item[1]["relative_l2"] != item[1]["relative_l2"], item[1]["relative_l2"]),  # NaN first
