@@ -142,7 +142,7 @@ def test_a_bundle_has_everything(warm: Path) -> None:
 def test_the_manifest_has_the_validations_figures(warm: Path) -> None:
     validation = open_bundle(warm / "bundle").manifest.validation
     assert validation["passed"] is True
-    assert validation["limits"] == {"relative_l2": 0.02, "tie": 0.05, "flipped": 0}
+    assert validation["limits"] == {"relative_l2": 0.05, "tie": 0.1, "flipped": 0}
     figures = validation["providers"]["CPUExecutionProvider"]
     assert set(figures["by_batch"]) == {"1", "8", "9"}, "one, the optimum, and one beyond it"
     assert 1e-5 < figures["all"]["relative_l2"] < 0.02, "float16 rounds, and not more"

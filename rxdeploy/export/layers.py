@@ -50,7 +50,7 @@ def compare_layers(
     logits = run_reference(card, weights, images, lambda name, output: expected.__setitem__(name, output.copy()))
     expected[LOGITS] = logits
     actual = _run_with_taps(card, model, precision, list(expected), images)
-    limit = LIMITS[precision].relative_l2
+    limit = LIMITS[precision].layer_l2
     return [_compare(name, actual[name], array, limit) for name, array in expected.items() if name in actual]
 
 

@@ -75,7 +75,7 @@ def test_equal_leaders_are_a_tie_at_any_limit() -> None:
 def test_no_deviation() -> None:
     figures = deviation(REFERENCE, REFERENCE.copy(), tie=0.1)
     assert (figures["max_abs_error"], figures["relative_l2"], figures["top1_agreement"]) == (0, 0, 1)
-    assert within(figures, Limits(relative_l2=0, tie=0.1))
+    assert within(figures, Limits(relative_l2=0, layer_l2=0, tie=0.1))
 
 
 def test_a_single_class_never_flips() -> None:
@@ -89,14 +89,14 @@ def test_a_single_class_never_flips() -> None:
 def test_what_is_no_number_is_beyond_every_limit(value: float, place: tuple[int, int]) -> None:
     broken = REFERENCE.copy()
     broken[place] = value
-    loose = Limits(relative_l2=1e30, tie=1e30)
+    loose = Limits(relative_l2=1e30, layer_l2=1e30, tie=1e30)
     assert not within(deviation(broken, REFERENCE, loose.tie), loose)
     with np.errstate(invalid="ignore"):
-        assert not within(deviation(REFERENCE, broken, 0.1), Limits(relative_l2=0.5, tie=0.1))
+        assert not within(deviation(REFERENCE, broken, 0.1), Limits(relative_l2=0.5, layer_l2=0.5, tie=0.1))
 
 
 def test_limits_are_inclusive_and_flips_are_not_allowed() -> None:
-    limits = Limits(relative_l2=0.25, tie=0)
+    limits = Limits(relative_l2=0.25, layer_l2=0.25, tie=0)
     assert within({"relative_l2": 0.25, "flipped": 0}, limits)
     assert not within({"relative_l2": 0.2500001, "flipped": 0}, limits)
     assert not within({"relative_l2": 0.0, "flipped": 1}, limits)
