@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import importlib.util
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from rxdeploy.engines.flavours import FLAVOURS, Choice, Flavour, choose, lacking
+from rxdeploy.engines.flavours import FLAVOURS, Choice, Flavour, choose, installed_version, lacking
 from rxdeploy.engines.gpu import find_driver
 from rxdeploy.engines.options import EngineOptions
 from rxdeploy.errors import RxDeployError
@@ -91,15 +90,17 @@ def self_test(flavour: Flavour) -> str | None:
 
     try:
         import onnx_ir as ir
+
+        from rxdeploy.export.graph import IR_VERSION, OPSET
     except ModuleNotFoundError:
         return "not tested: onnx-ir is missing; pip install 'rxdeploy[build]' adds it"
     image = ir.Value(name="image", shape=ir.Shape(("batch", 4)), type=ir.TensorType(ir.DataType.FLOAT16))
     relu = ir.node("Relu", [image])
     output = relu.outputs[0]
     output.name, output.shape, output.dtype = "logits", image.shape, ir.DataType.FLOAT16
-    graph = ir.Graph([image], [output], nodes=[relu], opset_imports={"": 21}, name="self_test")
+    graph = ir.Graph([image], [output], nodes=[relu], opset_imports={"": OPSET}, name="self_test")
     try:
-        build_plan(ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString(), flavour, EngineOptions())
+        build_plan(ir.to_proto(ir.Model(graph, ir_version=IR_VERSION)).SerializeToString(), flavour, EngineOptions())
     except RxDeployError as error:
         return str(error)
     return None
@@ -107,7 +108,7 @@ def self_test(flavour: Flavour) -> str | None:
 
 def _onnxruntime_finding() -> Finding:
     adds = "validation, and running bundles without TensorRT"
-    installed = [name for name in ("onnxruntime", "onnxruntime-gpu") if _version((name,))]
+    installed = [name for name in ("onnxruntime", "onnxruntime-gpu") if installed_version((name,))]
     if not installed:
         return Finding("ONNX Runtime", "missing", "not installed", adds, "pip install 'rxdeploy[cpu]'")
     if len(installed) == 2:
@@ -123,22 +124,13 @@ def _onnxruntime_finding() -> Finding:
     except (ImportError, OSError, AttributeError) as error:
         return Finding("ONNX Runtime", "unusable", f"does not load: {error}", adds, f"pip install -U {installed[0]}")
     unused = " (without a GPU it runs on the CPU)" if "CUDA" in providers and find_driver().problem else ""
-    return Finding("ONNX Runtime", "ok", f"{installed[0]} {_version(tuple(installed))}: {providers}{unused}")
+    return Finding("ONNX Runtime", "ok", f"{installed[0]} {installed_version(tuple(installed))}: {providers}{unused}")
 
 
 def _package_finding(piece: str, module: str, packages: tuple[str, ...], adds: str, extra: str) -> Finding:
     if importlib.util.find_spec(module) is not None:
-        return Finding(piece, "ok", f"version {_version(packages) or 'unknown'}")
+        return Finding(piece, "ok", f"version {installed_version(packages) or 'unknown'}")
     return Finding(piece, "missing", "not installed", adds, f"pip install 'rxdeploy[{extra}]'")
-
-
-def _version(packages: tuple[str, ...]) -> str | None:
-    for package in packages:
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return None
 
 
 def as_facts(findings: list[Finding], choice: Choice) -> dict[str, Any]:

@@ -48,6 +48,11 @@ EXTRA_OF_MODULE = {
 }
 
 
+def first_line(error: Exception) -> str:
+    """The first line of another library's error, or its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def printable(text: str) -> str:
     """`text` from a file we did not write, fit for a terminal: control characters become question marks."""
     return "".join(c if c.isprintable() else "?" for c in text)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.metadata
 import platform
 import shutil
 import time
@@ -29,7 +28,7 @@ from rxdeploy.cache import Cache, Entry, recipe_digest
 from rxdeploy.cards import ModelCard, read_labels
 from rxdeploy.engines import bundle as bundles
 from rxdeploy.engines.bundle import Bundle, InputKind, Manifest, Precision
-from rxdeploy.engines.flavours import Choice, Target, choose
+from rxdeploy.engines.flavours import Choice, Target, choose, installed_version
 from rxdeploy.engines.gpu import find_driver
 from rxdeploy.engines.options import EngineOptions
 from rxdeploy.errors import CheckFailed, EnvironmentLacks, from_os_error, missing_module
@@ -104,7 +103,7 @@ class Pipeline:
     def weights(self) -> StateDict:
         """The weights themselves, read when a stage first needs them."""
         self.reporter.progress(
-            "making synthetic weights" if self.source.kind == "synthetic" else "reading weights", None
+            "making synthetic weights" if self.source.origin.kind == "synthetic" else "reading weights", None
         )
         return load_weights(self.request.card, self.source)
 
@@ -142,25 +141,26 @@ class Pipeline:
 
     # Precision
 
-    @functools.cached_property
-    def _precision_key(self) -> str:
-        return recipe_digest(model=self._export_key, precision=self.request.precision)
+    def _model_key(self, precision: Precision) -> str:
+        return self._export_key if precision == "fp32" else recipe_digest(model=self._export_key, precision=precision)
 
     def precision(self) -> Entry:
         """The model in the precision asked for: model.onnx."""
-        if self.request.precision == "fp32":
-            return self._model(verify=True)
+        precision = self.request.precision
+        if precision == "fp32":
+            return self._model(precision)
         with self._stage("precision") as done:
-            entry = self._model(verify=True)
+            entry = self._model(precision)
             facts = entry.facts
             flushed = f", {facts['flushed']} rounded to zero" if facts["flushed"] else ""
             return done(
                 entry, f"float16 ONNX, {file_size(entry.folder / MODEL)}; {facts['constants']:,} weights{flushed}"
             )
 
-    def _model(self, verify: bool) -> Entry:
-        if self.request.precision == "fp32":
-            return self._export(verify)
+    def _model(self, precision: Precision) -> Entry:
+        """The model in `precision`, its file checked."""
+        if precision == "fp32":
+            return self._export(verify=True)
 
         def produce(folder: Path) -> dict[str, Any]:
             import onnx_ir as ir
@@ -172,7 +172,7 @@ class Pipeline:
             (folder / MODEL).write_bytes(serialise(model))
             return {"constants": rounding.constants, "flushed": rounding.flushed}
 
-        return self.cache.stage("precision", self._precision_key, produce, verify)
+        return self.cache.stage("precision", self._model_key(precision), produce)
 
     # Validation
 
@@ -185,8 +185,7 @@ class Pipeline:
         with self._stage(f"validate {precision}") as done:
             entry = self._validation(precision)
             if not entry.facts["passed"]:
-                model = self._export(verify=True) if precision == "fp32" else self._model(verify=True)
-                raise CheckFailed(self.validation_failure(entry.facts, model.folder / MODEL))
+                raise CheckFailed(self.validation_failure(entry.facts, self._model(precision).folder / MODEL))
             figures = list(entry.facts["providers"].values())[-1]["all"]
             decided = figures["images"] - figures["ties"]
             ties = f" ({figures['ties']} tied)" if figures["ties"] else ""
@@ -195,7 +194,7 @@ class Pipeline:
 
     def _validation(self, precision: Precision) -> Entry:
         key = recipe_digest(
-            model=self._export_key if precision == "fp32" else self._precision_key,
+            model=self._model_key(precision),
             reference=self._reference_key,
             batches=self._batches,
             tools=versions("onnxruntime", "onnxruntime-gpu"),
@@ -208,7 +207,7 @@ class Pipeline:
             from rxdeploy.export.validate import validate_model
 
             reference = self._reference(verify=True)
-            model = self._export(verify=True) if precision == "fp32" else self._model(verify=True)
+            model = self._model(precision)
             self.reporter.progress("running ONNX Runtime", None)
             logits = np.load(reference.folder / "logits.npy")
             facts = validate_model(self.request.card, model.folder / MODEL, precision, logits, self._batches)
@@ -334,13 +333,13 @@ class Pipeline:
         def produce(folder: Path) -> dict[str, Any]:
             from rxdeploy.engines.builder import build_plan
 
-            model = (self._model(verify=True).folder / MODEL).read_bytes()
+            model = (self._model(self.request.precision).folder / MODEL).read_bytes()
             plan = build_plan(model, flavour, options, self.reporter.progress, timing)
             (folder / bundles.PLAN).write_bytes(plan.data)
             return plan.facts
 
         key = recipe_digest(
-            model=self._precision_key if self.request.precision != "fp32" else self._export_key,
+            model=self._model_key(self.request.precision),
             options=options.as_facts(),
             flavour=flavour.name,
             version=choice.version,
@@ -466,13 +465,8 @@ def code_digest() -> str:
 
 def versions(*packages: str) -> dict[str, str]:
     """The installed versions of those of `packages` that are installed, without importing them."""
-    found = {}
-    for package in packages:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    found = ((package, installed_version((package,))) for package in packages)
+    return {package: version for package, version in found if version is not None}
 
 
 def file_size(path: Path) -> str:

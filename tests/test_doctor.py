@@ -125,13 +125,13 @@ def versions(**found: str) -> Any:
 
 
 def test_without_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_version", versions())
+    monkeypatch.setattr(doctor, "installed_version", versions())
     finding = find("ONNX Runtime")
     assert (finding.state, finding.install) == ("missing", "pip install 'rxdeploy[cpu]'")
 
 
 def test_both_onnxruntimes_are_unusable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_version", versions(onnxruntime="1.20", onnxruntime_gpu="1.20"))
+    monkeypatch.setattr(doctor, "installed_version", versions(onnxruntime="1.20", onnxruntime_gpu="1.20"))
     finding = find("ONNX Runtime")
     assert finding.state == "unusable"
     assert "onnxruntime and onnxruntime-gpu are both installed" in finding.detail
@@ -141,7 +141,7 @@ def test_both_onnxruntimes_are_unusable(monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_gpu_package_alone_is_fine(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = SimpleNamespace(get_available_providers=lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
     monkeypatch.setitem(sys.modules, "onnxruntime", fake)
-    monkeypatch.setattr(doctor, "_version", versions(onnxruntime_gpu="1.20"))
+    monkeypatch.setattr(doctor, "installed_version", versions(onnxruntime_gpu="1.20"))
     finding = find("ONNX Runtime")
     assert finding.state == "ok"
     assert finding.detail.startswith("onnxruntime-gpu 1.20: CUDAExecutionProvider, CPUExecutionProvider")
@@ -151,7 +151,7 @@ def test_the_gpu_package_alone_is_fine(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_onnxruntime_that_does_not_load_is_unusable(monkeypatch: pytest.MonkeyPatch, broken: Any) -> None:
     """The second is what is left when one of two onnxruntime packages was uninstalled."""
     monkeypatch.setitem(sys.modules, "onnxruntime", broken)
-    monkeypatch.setattr(doctor, "_version", versions(onnxruntime="1.20"))
+    monkeypatch.setattr(doctor, "installed_version", versions(onnxruntime="1.20"))
     finding = find("ONNX Runtime")
     assert finding.state == "unusable"
     assert finding.detail.startswith("does not load: ")

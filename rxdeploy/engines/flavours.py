@@ -37,12 +37,17 @@ class Flavour:
         """The installed version, or None when the module is not installed."""
         if importlib.util.find_spec(self.module) is None:
             return None
-        for distribution in self.distributions:
-            try:
-                return importlib.metadata.version(distribution)
-            except importlib.metadata.PackageNotFoundError:
-                continue
-        return "unknown"
+        return installed_version(self.distributions) or "unknown"
+
+
+def installed_version(distributions: tuple[str, ...]) -> str | None:
+    """The version of the first of these pip packages that is installed, or None; nothing is imported."""
+    for distribution in distributions:
+        try:
+            return importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
 
 
 TENSORRT = Flavour(
@@ -158,12 +163,10 @@ def unlisted_gpus(flavour: Flavour, driver: Driver) -> list[str]:
 
 def refuse_engine_options(options: EngineOptions, why: str) -> None:
     """InputError when something was asked of an engine that will not be built."""
-    default = EngineOptions(profiles=options.profiles)
-    for option in ("workspace_mib", "optimization_level", *TENSORRT_RTX.refused, "refit", "strip_plan"):
-        if getattr(options, option) != getattr(default, option):
+    default = EngineOptions(profiles=options.profiles).as_facts()
+    for option, value in options.as_facts().items():
+        if value != default[option]:
             raise InputError(f"{_flag(option)} is not possible: {why}")
-    if options.compute_capabilities:
-        raise InputError(f"{_flag('compute_capabilities')} is not possible: {why}")
 
 
 def _flag(option: str) -> str:

@@ -6,7 +6,6 @@ Images are photographs and noise; batch sizes are 1, the optimum, and one beyond
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -213,11 +212,11 @@ def _figures(
 ) -> dict[str, Any]:
     logits, expected = np.concatenate(list(rows.values())), np.tile(reference, (len(rows), 1))
     kinds = np.tile(np.asarray(samples.kinds), len(rows))
-    by_kind: Iterator[tuple[str, dict[str, Any]]] = (
-        (kind, deviation(logits[kinds == kind], expected[kinds == kind], limits.tie)) for kind in dict.fromkeys(kinds)
-    )
     return {
         "all": deviation(logits, expected, limits.tie),
-        **{str(kind): figures for kind, figures in by_kind},
+        **{
+            kind: deviation(logits[kinds == kind], expected[kinds == kind], limits.tie)
+            for kind in dict.fromkeys(samples.kinds)
+        },
         "by_batch": {str(batch): deviation(part, reference, limits.tie) for batch, part in rows.items()},
     }

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from rxdeploy.cards import ModelCard
 from rxdeploy.cards.card import Weights
 from rxdeploy.engines.bundle import WeightsOrigin, sha256_of
-from rxdeploy.errors import EnvironmentLacks, InputError, from_os_error, missing_module, printable
+from rxdeploy.errors import EnvironmentLacks, InputError, first_line, from_os_error, missing_module, printable
 from rxdeploy.export.architecture import count_parameters, resnext
 
 if TYPE_CHECKING:
@@ -40,7 +40,6 @@ LISTED = 20  # misfits of one kind that an error lists before it counts the rest
 class WeightsSource:
     """Where weights come from, settled before they are read."""
 
-    kind: Literal["published", "file", "synthetic"]
     origin: WeightsOrigin
     path: Path | None = None
     seed: int | None = None
@@ -61,7 +60,7 @@ def resolve_weights(
     """
     if option is not None and (option == "synthetic" or option.startswith("synthetic:")):
         seed = _seed(option)
-        return WeightsSource("synthetic", _origin("synthetic", f"synthetic:{seed}", None), seed=seed)
+        return WeightsSource(WeightsOrigin(kind="synthetic", source=f"synthetic:{seed}", sha256=None), seed=seed)
     if option is not None:
         return _from_file(Path(option))
     if card.weights.file:
@@ -70,9 +69,9 @@ def resolve_weights(
         from rxdeploy.export.download import fetch_weights
 
         path = fetch_weights(card, folder, progress)
-        digest = sha256_of(path)
+        url, licence = card.weights.url, card.weights.licence
         return WeightsSource(
-            "published", _origin("published", card.weights.url, digest, card.weights.licence), path=path
+            WeightsOrigin(kind="published", source=url, sha256=sha256_of(path), licence=licence), path=path
         )
     raise InputError(
         f"card {card.name}: names no weights (neither url nor file); pass --weights PATH, or --weights synthetic"
@@ -84,10 +83,6 @@ def _seed(option: str) -> int:
     if not re.fullmatch(r"[0-9]{1,9}", text):
         raise InputError(f"--weights {option}: the seed must be a whole number from 0 to 999999999")
     return int(text)
-
-
-def _origin(kind: Any, source: str, digest: str | None, licence: str | None = None) -> WeightsOrigin:
-    return WeightsOrigin(kind=kind, source=source, sha256=digest, licence=licence)
 
 
 def _from_file(path: Path, claims: Weights | None = None) -> WeightsSource:
@@ -110,7 +105,8 @@ def _from_file(path: Path, claims: Weights | None = None) -> WeightsSource:
         raise InputError(
             f"weights file {path}: has {size} bytes, the card says {claims.file_size}; correct one of them"
         )
-    return WeightsSource("file", _origin("file", path.name, digest, claims.licence if claims else None), path=path)
+    licence = claims.licence if claims else None
+    return WeightsSource(WeightsOrigin(kind="file", source=path.name, sha256=digest, licence=licence), path=path)
 
 
 def load_weights(card: ModelCard, source: WeightsSource) -> StateDict:
@@ -150,7 +146,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
         raise from_os_error(error, f"reading weights file {path}") from None
     except Exception as error:  # what torch and safetensors raise depends on where in the file they stumble
-        raise InputError(f"weights file {path}: damaged or in no format we read: {_first_line(error)}") from None
+        raise InputError(f"weights file {path}: damaged or in no format we read: {first_line(error)}") from None
     tensors = _unwrap(stored)
     if not tensors:
         keys = _listed("it holds", [str(key) for key in stored]) if isinstance(stored, Mapping) else ""
@@ -184,10 +180,6 @@ def _unpickling(path: Path, error: Exception) -> str:
             "torch.save(model.state_dict(), path)"
         )
     return f"weights file {path}: damaged, no PyTorch file, or with more in it than tensors; nothing of it was run"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _unwrap(stored: Any) -> dict[str, Tensor]:

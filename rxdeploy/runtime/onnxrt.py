@@ -8,7 +8,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from rxdeploy.engines.gpu import find_driver
-from rxdeploy.errors import CheckFailed, EnvironmentLacks, missing_module
+from rxdeploy.errors import CheckFailed, EnvironmentLacks, first_line, missing_module
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 
@@ -43,7 +43,7 @@ def open_session(model: Path | bytes, provider: str = CPU) -> Any:
         session = ort.InferenceSession(source, options, providers=[(provider, _PROVIDER_OPTIONS[provider])])
     except Exception as error:  # ONNX Runtime's exceptions share no base of their own
         what = "the model" if isinstance(model, bytes) else model
-        raise CheckFailed(f"ONNX Runtime cannot load {what}: {_first_line(error)}") from None
+        raise CheckFailed(f"ONNX Runtime cannot load {what}: {first_line(error)}") from None
     if session.get_providers()[0] != provider:
         raise EnvironmentLacks(
             f"ONNX Runtime's {provider} does not start here, its CUDA libraries are missing or of another version; "
@@ -57,11 +57,7 @@ def run_session(session: Any, names: list[str], feed: dict[str, NDArray]) -> lis
     try:
         return session.run(names, feed)
     except Exception as error:  # as above
-        raise CheckFailed(f"ONNX Runtime cannot run the model: {_first_line(error)}") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckFailed(f"ONNX Runtime cannot run the model: {first_line(error)}") from None
 
 
 def _onnxruntime() -> Any:

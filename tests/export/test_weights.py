@@ -350,7 +350,7 @@ def test_wrapper_around_itself(card: ModelCard, tmp_path: Path) -> None:
 )
 def test_synthetic(option: str, seed: int, card: ModelCard, tmp_path: Path) -> None:
     source = resolve_weights(card, option, tmp_path)
-    assert (source.kind, source.seed, source.path) == ("synthetic", seed, None)
+    assert (source.origin.kind, source.seed, source.path) == ("synthetic", seed, None)
     assert source.identity == source.origin.source == f"synthetic:{seed}"
     assert source.origin.sha256 is None
 
@@ -366,7 +366,7 @@ def test_file_option(card: ModelCard, state: State, tmp_path: Path) -> None:
     torch.save(state, path)
     source = resolve_weights(card, str(path), tmp_path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    assert (source.kind, source.path, source.identity, source.seed) == ("file", path, digest, None)
+    assert (source.origin.kind, source.path, source.identity, source.seed) == ("file", path, digest, None)
     assert (source.origin.kind, source.origin.source, source.origin.licence) == ("file", "net.pth", None)
 
 
@@ -384,7 +384,7 @@ def test_file_beside_the_card(
     monkeypatch.chdir("/")  # beside the card, not beside whoever runs
     card = own_card(make_card, file="weights/net.safetensors", sha256_prefix=digest[:12], licence="MIT")
     source = resolve_weights(card, None, tmp_path / "cache")
-    assert (source.kind, source.identity, source.origin.licence) == ("file", digest, "MIT")
+    assert (source.origin.kind, source.identity, source.origin.licence) == ("file", digest, "MIT")
     assert_same(load_weights(card, source), state)
     assert not (tmp_path / "cache").exists()
 
