@@ -1023,15 +1023,15 @@ def test_ctrl_c_while_tensorrt_builds(shell: Shell, ctrl_c: None, monkeypatch: p
 
 CTRL_C_IN_THE_PARSER = """
 import os, signal, sys
-from rxdeploy.engines.builder import _Messages
-original, calls = _Messages.add, 0
+from rxdeploy.engines.messages import Messages
+original, calls = Messages.add, 0
 def add(*arguments):
     global calls
     calls += 1
     if calls == 50:
         os.kill(os.getpid(), signal.SIGINT)
     original(*arguments)
-_Messages.add = add
+Messages.add = add
 from rxdeploy.__main__ import main
 main()
 """

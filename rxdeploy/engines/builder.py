@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -19,10 +18,9 @@ from typing import Any
 
 from rxdeploy import atomic
 from rxdeploy.engines.flavours import Flavour
+from rxdeploy.engines.messages import Messages, log, logger_for
 from rxdeploy.engines.options import EngineOptions
 from rxdeploy.errors import CheckFailed, EnvironmentLacks, InputError, missing_module
-
-log = logging.getLogger("rxdeploy.tensorrt")
 
 # Called with the name of the phase TensorRT is in and the fraction (0 to 1) of the whole build that is done.
 Progress = Callable[[str, float], None]
@@ -55,8 +53,8 @@ def build_plan(
         raise missing_module(error) from None
     except (ImportError, OSError) as error:
         raise EnvironmentLacks(f"{flavour.name} is installed but does not load: {error}; {flavour.install}") from None
-    messages = _Messages()
-    logger = _logger(trt, messages)
+    messages = Messages()
+    logger = logger_for(trt, messages)
     try:
         builder = trt.Builder(logger)
     except TypeError:  # pybind's word for a null pointer
@@ -92,7 +90,7 @@ def _parser_error(error: Any) -> str:
     return f"{node}: {error.desc()}" if node else str(error.desc())
 
 
-def _build_error(flavour: Flavour, options: EngineOptions, messages: _Messages) -> CheckFailed | InputError:
+def _build_error(flavour: Flavour, options: EngineOptions, messages: Messages) -> CheckFailed | InputError:
     text = messages.summary()
     too_little = "OutOfMemory" in text or "workspace limit" in text
     if too_little and options.workspace_mib is not None:
@@ -110,6 +108,11 @@ def _configure(trt: Any, builder: Any, network: Any, options: EngineOptions) -> 
         rest = tuple(tensor.shape)[1:]
         profile.set_shape(tensor.name, *[(size, *rest) for size in (sizes.min, sizes.opt, sizes.max)])
         config.add_optimization_profile(profile)
+    # On by default; it would round float32 convolutions to 10 bits of mantissa, which is no float32 any more.
+    config.clear_flag(trt.BuilderFlag.TF32)
+    if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
+        # RTX: without it an engine allocates while it runs, and cannot be captured into a CUDA graph.
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     # Layer names and types in the plan, for TensorRT's inspector and profiler.
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if options.workspace_mib is not None:
@@ -153,36 +156,6 @@ def _load_timing_cache(config: Any, flavour: Flavour, path: Path | None) -> Any 
         cache = config.create_timing_cache(b"")
         config.set_timing_cache(cache, False)
     return cache
-
-
-class _Messages:
-    """What TensorRT said: everything goes to the log, errors are kept for our own error."""
-
-    def __init__(self) -> None:
-        self.errors: list[str] = []
-        self.warnings = 0
-
-    def add(self, severity: int, text: str) -> None:
-        levels = (logging.CRITICAL, logging.ERROR, logging.WARNING, logging.INFO, logging.DEBUG)
-        # Errors reach the user in our exception and warnings as a count, so the log shows them only when asked.
-        log.log(min(levels[severity], logging.INFO), "%s", text)
-        if severity <= 1:
-            self.errors.append(text)
-        self.warnings += severity == 2
-
-    def summary(self) -> str:
-        return "; ".join(" ".join(text.split()) for text in self.errors[:3]) or "it gave no reason"
-
-
-def _logger(trt: Any, messages: _Messages) -> Any:
-    class Logger(trt.ILogger):
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, text: str) -> None:
-            messages.add(int(severity), text)
-
-    return Logger()
 
 
 class _Phases:

@@ -325,7 +325,7 @@ class FakeTensorRT:
     ERROR, WARNING, VERBOSE = 1, 2, 4  # ILogger.Severity
 
     def __init__(self) -> None:
-        self.told: dict[str, Any] = {"flags": [], "profiles": [], "timing caches": []}
+        self.told: dict[str, Any] = {"flags": [], "cleared": [], "profiles": [], "timing caches": []}
         self.messages: list[tuple[int, str]] = []  # said at the start
         self.starts = True
         self.parse_errors: list[str] | None = None
@@ -388,6 +388,9 @@ class FakeTensorRT:
             def set_flag(self, flag: str) -> None:
                 fake.told["flags"].append(flag)
 
+            def clear_flag(self, flag: str) -> None:
+                fake.told["cleared"].append(flag)
+
             def add_optimization_profile(self, profile: Any) -> None:
                 fake.told["profiles"].append(profile.shapes)
 
@@ -414,7 +417,7 @@ class FakeTensorRT:
             OnnxParser=Parser,
             ProfilingVerbosity=SimpleNamespace(DETAILED="detailed"),
             MemoryPoolType=SimpleNamespace(WORKSPACE="workspace"),
-            BuilderFlag=SimpleNamespace(VERSION_COMPATIBLE="version", REFIT="refit", STRIP_PLAN="strip"),
+            BuilderFlag=SimpleNamespace(VERSION_COMPATIBLE="version", REFIT="refit", STRIP_PLAN="strip", TF32="tf32"),
             HardwareCompatibilityLevel=SimpleNamespace(AMPERE_PLUS="ampere+"),
         )
 
@@ -443,6 +446,11 @@ def test_full_the_network_is_strongly_typed(fake: FakeTensorRT) -> None:
     full()
     assert fake.told["network flags"] == 0b10
     assert fake.told["flags"] == []
+
+
+def test_full_float32_stays_float32(fake: FakeTensorRT) -> None:
+    full()
+    assert fake.told["cleared"] == ["tf32"]
 
 
 def test_full_profiles(fake: FakeTensorRT) -> None:
