@@ -1,3 +1,20 @@
-"""rxdeploy compiles the Gluon ResNeXt classifiers to validated ONNX models and TensorRT engines."""
+"""Compiles the Gluon ResNeXt classifiers to validated ONNX models and TensorRT engines, and runs them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rxdeploy.runtime import Session, load
 
 __version__ = "0.1.0"
+__all__ = ["Session", "__version__", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    """`load` and `Session`, imported when they are first asked for: NumPy and Pillow would slow down `--help`."""
+    if name in ("Session", "load"):
+        from rxdeploy import runtime
+
+        return getattr(runtime, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -11,6 +10,7 @@ from rxdeploy.engines.flavours import FLAVOURS, Choice, Flavour, choose, install
 from rxdeploy.engines.gpu import find_driver
 from rxdeploy.engines.options import EngineOptions
 from rxdeploy.errors import RxDeployError
+from rxdeploy.runtime import plan
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,10 @@ _PACKAGES = (
     ("filelock", "filelock", ("filelock",), "the cache", "build"),
     ("platformdirs", "platformdirs", ("platformdirs",), "finding the cache's folder", "build"),
     ("safetensors", "safetensors", ("safetensors",), "reading .safetensors weights", "build"),
+    ("cuda-bindings", "cuda.bindings", ("cuda-bindings",), "running plans", "gpu"),
+    ("cuda-core", "cuda.core", ("cuda-core",), "arrays on the GPU", "gpu"),
+    ("tensorrt-lean", "tensorrt_lean", plan.LEAN.distributions, "running --version-compatible plans", "lean"),
+    ("matplotlib", "matplotlib", ("matplotlib",), "plots of `rxdeploy bench`", "bench"),
 )
 
 
@@ -128,7 +132,7 @@ def _onnxruntime_finding() -> Finding:
 
 
 def _package_finding(piece: str, module: str, packages: tuple[str, ...], adds: str, extra: str) -> Finding:
-    if importlib.util.find_spec(module) is not None:
+    if plan.is_installed(module):
         return Finding(piece, "ok", f"version {installed_version(packages) or 'unknown'}")
     return Finding(piece, "missing", "not installed", adds, f"pip install 'rxdeploy[{extra}]'")
 

@@ -209,9 +209,9 @@ def layer_table(layers: Sequence[Any]) -> Table:
     return table
 
 
-def classification_table(results: Sequence[tuple[Path, Sequence[Prediction]]]) -> Table:
+def classification_table(results: Sequence[tuple[Path, Sequence[Prediction]]], ran_on: str) -> Table:
     """The best classes of each image."""
-    table = Table("image", "rank", "class", "name", "probability")
+    table = Table("image", "rank", "class", "name", "probability", caption=escape(ran_on), caption_justify="left")
     for path, predictions in results:
         for rank, p in enumerate(predictions, start=1):
             name = escape(printable(str(path))) if rank == 1 else ""

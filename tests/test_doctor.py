@@ -32,6 +32,10 @@ PIECES = [
     "filelock",
     "platformdirs",
     "safetensors",
+    "cuda-bindings",
+    "cuda-core",
+    "tensorrt-lean",
+    "matplotlib",
 ]
 
 

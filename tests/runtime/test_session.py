@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import hashlib
 import json
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -90,10 +94,10 @@ def test_every_batch_size_gives_the_same_logits(digits_bundle: Bundles, images: 
         np.testing.assert_allclose(session.run(batch), together[np.arange(count) % len(images)], rtol=1e-4, atol=1e-4)
 
 
-def test_classify_ranks_by_softmax(digits_bundle: Bundles, images: np.ndarray) -> None:
+def test_top_ranks_by_softmax(digits_bundle: Bundles, images: np.ndarray) -> None:
     session = runtime.load(digits_bundle("fp16"), "cpu")
     logits = session.run(images).astype(np.float64)
-    for row, predictions in zip(logits, session.classify(images, k=4), strict=True):
+    for row, predictions in zip(logits, session.top(session.run(images), k=4), strict=True):
         softmax = np.exp(row) / np.exp(row).sum()
         order = sorted(range(CLASSES), key=lambda index: -row[index])[:4]
         assert [prediction.index for prediction in predictions] == order
@@ -104,37 +108,25 @@ def test_classify_ranks_by_softmax(digits_bundle: Bundles, images: np.ndarray) -
 
 @pytest.mark.parametrize("k", [1, CLASSES, CLASSES + 1, 1000])
 def test_k_larger_than_the_classes_gives_all_classes(digits_bundle: Bundles, images: np.ndarray, k: int) -> None:
-    predictions = runtime.load(digits_bundle()).classify(images[:1], k=k)[0]
+    session = runtime.load(digits_bundle())
+    predictions = session.top(session.run(images[:1]), k=k)[0]
     assert len(predictions) == min(k, CLASSES)
     assert len({prediction.index for prediction in predictions}) == len(predictions)
     if k >= CLASSES:
         assert sum(prediction.probability for prediction in predictions) == pytest.approx(1)
 
 
-def test_equal_logits_keep_the_order_of_the_classes(digits_bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
-    session = runtime.load(digits_bundle())
-    monkeypatch.setattr(session, "_session", Stub(np.array([[1, 3, 3, 0, 3, 0, 0, 0, 0, 2]], np.float32)))
-    found = session.classify(np.zeros((1, SIZE, SIZE, 3), np.uint8), k=5)[0]
+def test_equal_logits_keep_the_order_of_the_classes(digits_bundle: Bundles) -> None:
+    logits = np.array([[1, 3, 3, 0, 3, 0, 0, 0, 0, 2]], np.float32)
+    found = runtime.load(digits_bundle()).top(logits, k=5)[0]
     assert [prediction.index for prediction in found] == [1, 2, 4, 9, 0]
 
 
-def test_large_logits_do_not_overflow_the_softmax(digits_bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
-    session = runtime.load(digits_bundle())
+def test_large_logits_do_not_overflow_the_softmax(digits_bundle: Bundles) -> None:
     logits = np.full((1, CLASSES), -3e38, np.float32)
     logits[0, 7] = 3e38
-    monkeypatch.setattr(session, "_session", Stub(logits))
-    (best, second) = session.classify(np.zeros((1, SIZE, SIZE, 3), np.uint8), k=2)[0]
+    (best, second) = runtime.load(digits_bundle()).top(logits, k=2)[0]
     assert (best.index, best.probability, second.probability) == (7, 1.0, 0.0)
-
-
-class Stub:
-    """Stands for ONNX Runtime's session and gives the same logits whatever it is fed."""
-
-    def __init__(self, logits: np.ndarray) -> None:
-        self.logits = logits
-
-    def run(self, outputs: list[str], feed: dict[str, np.ndarray]) -> list[np.ndarray]:
-        return [self.logits]
 
 
 def test_real_digits_are_recognised(digits_bundle: Bundles, tmp_path: Path) -> None:
@@ -143,23 +135,209 @@ def test_real_digits_are_recognised(digits_bundle: Bundles, tmp_path: Path) -> N
 
     paths = write_held_out(tmp_path, 100)
     for precision, input_kind in (("fp16", "uint8"), ("fp32", "float32")):
-        results, failures = runtime.load(digits_bundle(precision, input_kind)).classify_files(paths, k=1)
-        assert failures == []
-        assert [path for path, _ in results] == paths
-        right = [f"digit-{best.index}-" in path.name for path, (best,) in results]
+        results = list(runtime.load(digits_bundle(precision, input_kind)).classify(paths, k=1))
+        assert [result.path for result in results] == paths
+        right = [f"digit-{result.predictions[0].index}-" in result.path.name for result in results]
         assert sum(right) >= 98
 
 
-def test_classify_files_goes_on_after_a_bad_one(digits_bundle: Bundles, tmp_path: Path) -> None:
-    good, bad, missing = tmp_path / "good.png", tmp_path / "bad.png", tmp_path / "missing.png"
-    Image.new("L", (8, 8), 90).save(good)
+@pytest.mark.parametrize("goods", [0, 1, 7, 8, 9, 20])
+def test_classify_goes_on_after_bad_files(digits_bundle: Bundles, tmp_path: Path, goods: int) -> None:
+    rng = np.random.default_rng(goods)
+    bad, missing = tmp_path / "bad.png", tmp_path / "missing.png"
     bad.write_bytes(b"no image")
-    results, failures = runtime.load(digits_bundle()).classify_files([bad, good, missing, good], k=3)
-    assert [path for path, _ in results] == [good, good]
-    assert all(len(predictions) == 3 for _, predictions in results)
-    assert [type(failure) for failure in failures] == [InputError, InputError]
-    assert str(bad) in str(failures[0])
-    assert str(missing) in str(failures[1])
+    paths = [bad, missing]
+    for index in range(goods):
+        good = tmp_path / f"{index}.png"
+        Image.fromarray(rng.integers(0, 256, (SIZE, SIZE, 3), np.uint8)).save(good)
+        paths.insert(int(rng.integers(0, len(paths) + 1)), good)
+    session = runtime.load(digits_bundle())
+    results = list(session.classify(map(str, paths), k=3))
+    assert [result.path for result in results] == paths
+    for result in results:
+        if result.path in (bad, missing):
+            assert result.predictions is None
+            assert isinstance(result.error, InputError)
+            assert str(result.path) in str(result.error)
+        else:
+            alone = session.top(session.run(np.asarray(Image.open(result.path))[None]), k=3)[0]
+            assert result.error is None
+            assert [p.index for p in result.predictions] == [p.index for p in alone]
+
+
+def test_classify_that_is_left_early_leaves_no_threads(digits_bundle: Bundles, tmp_path: Path) -> None:
+    path = tmp_path / "image.png"
+    Image.new("L", (8, 8), 90).save(path)
+    session = runtime.load(digits_bundle())
+    before = threading.active_count()
+    results = session.classify([path] * 100)
+    assert next(results).path == path
+    results.close()
+    assert threading.active_count() == before
+
+
+def test_classify_wants_at_least_one_class(digits_bundle: Bundles) -> None:
+    with pytest.raises(InputError, match="k is 0"):
+        runtime.load(digits_bundle()).classify([], k=0)
+
+
+# Arrays of all kinds
+
+
+class Interface:
+    """Any object with NumPy's array interface."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.kept, self.__array_interface__ = array, array.__array_interface__
+
+
+class OnlyDlpack:
+    """An array of a library that has DLPack and nothing else."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self.array.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> Any:
+        return self.array.__dlpack_device__()
+
+
+@pytest.mark.parametrize("wrap", [Interface, OnlyDlpack, np.asfortranarray, lambda a: np.repeat(a, 2, axis=0)[::2]])
+def test_arrays_of_all_kinds_give_the_same(digits_bundle: Bundles, images: np.ndarray, wrap: Callable) -> None:
+    session = runtime.load(digits_bundle("fp32"), "cpu")
+    np.testing.assert_array_equal(session.run(wrap(images.copy())), session.run(images))
+
+
+def test_tensors_of_pytorch_give_the_same(digits_bundle: Bundles, images: np.ndarray) -> None:
+    torch = pytest.importorskip("torch")
+    session = runtime.load(digits_bundle("fp32"), "cpu")
+    np.testing.assert_array_equal(session.run(torch.from_numpy(images)), session.run(images))
+    out = torch.zeros((len(images), CLASSES))
+    assert session.run(images, out=out) is out
+    np.testing.assert_array_equal(out.numpy(), session.run(images))
+    with pytest.raises(InputError, match=r"images: the Tensor cannot be read as an array: .*grad"):
+        session.run(torch.zeros((1, 3, SIZE, SIZE), requires_grad=True))
+
+
+@pytest.mark.parametrize("wrong", [[1, 2], "image.png", None, 7, object()])
+def test_what_is_no_array_is_refused(digits_bundle: Bundles, wrong: Any) -> None:
+    with pytest.raises(InputError, match=f"images: got a {type(wrong).__name__}, expected an array"):
+        runtime.load(digits_bundle()).run(wrong)
+
+
+def test_the_declared_input_is_taken(digits_bundle: Bundles, images: np.ndarray) -> None:
+    session = runtime.load(digits_bundle("fp32", "float32"))
+    inputs = session.bundle.manifest.preprocessing
+    declared = (images / 255 - inputs.mean) / np.array(inputs.std)
+    logits = session.run(declared.transpose(0, 3, 1, 2).astype(np.float32))
+    np.testing.assert_allclose(logits, session.run(images), rtol=1e-4, atol=1e-4)
+
+
+def test_an_empty_batch_gives_no_logits(digits_bundle: Bundles) -> None:
+    assert runtime.load(digits_bundle()).run(np.zeros((0, SIZE, SIZE, 3), np.uint8)).shape == (0, CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("out", "says"),
+    [
+        (np.zeros((7, CLASSES), np.float64), "out: got float64"),
+        (np.zeros((6, CLASSES), np.float32), r"expected float32 \(7, 10\)"),
+        (np.zeros((7, CLASSES + 1), np.float32), r"expected float32 \(7, 10\)"),
+        (np.broadcast_to(np.float32(0), (7, CLASSES)), "read-only"),
+        ([0.0], "out: got a list"),
+    ],
+)
+def test_an_output_that_does_not_fit_is_refused(
+    digits_bundle: Bundles, images: np.ndarray, out: Any, says: str
+) -> None:
+    with pytest.raises(InputError, match=says):
+        runtime.load(digits_bundle()).run(images, out=out)
+
+
+def test_results_go_into_out(digits_bundle: Bundles, images: np.ndarray) -> None:
+    session = runtime.load(digits_bundle())
+    whole = np.full((20, CLASSES), np.nan, np.float32)
+    assert session.run(images, out=whole[:14:2]) is not None  # not contiguous
+    np.testing.assert_array_equal(whole[:14:2], session.run(images))
+    assert np.isnan(whole[1::2]).all()
+    assert np.isnan(whole[14:]).all()
+
+
+@pytest.mark.parametrize("stream", [0, 5, object()])
+def test_a_stream_without_a_gpu_is_refused(digits_bundle: Bundles, images: np.ndarray, stream: Any) -> None:
+    with pytest.raises(InputError, match="cannot reach a GPU"):
+        runtime.load(digits_bundle(), "cpu").run(images, stream=stream)
+
+
+def test_an_array_on_a_gpu_is_refused_on_the_cpu(digits_bundle: Bundles) -> None:
+    class OnGpu:
+        __cuda_array_interface__: ClassVar = {"shape": (1, SIZE, SIZE, 3), "typestr": "|u1", "data": (256, False)}
+
+    with pytest.raises(InputError, match=r"lies on a GPU.*bring it to the host"):
+        runtime.load(digits_bundle(), "cpu").run(OnGpu())
+
+
+# Many batches, many callers, and the end
+
+
+def test_map_gives_what_run_gives(digits_bundle: Bundles, images: np.ndarray) -> None:
+    session = runtime.load(digits_bundle("fp32"))
+    batches = [images[:1], images, images[2:5]]
+    for found, batch in zip(session.map(iter(batches)), batches, strict=True):
+        np.testing.assert_array_equal(found, session.run(batch))
+    assert list(session.map([])) == []
+    with pytest.raises(InputError, match="expected uint8"):
+        list(session.map([images, images[0]]))
+
+
+def test_submit_gives_what_run_gives(digits_bundle: Bundles, images: np.ndarray) -> None:
+    with runtime.load(digits_bundle("fp32"), batching=runtime.Batching(max_batch=4, max_delay_ms=1)) as session:
+        futures = [session.submit(image) for image in images]
+        expected = session.run(images)
+        np.testing.assert_allclose([future.result() for future in futures], expected, rtol=1e-4, atol=1e-4)
+
+        async def one(image: np.ndarray) -> np.ndarray:
+            return await session.submit_async(image)
+
+        async def all_of_them() -> list[np.ndarray]:
+            return await asyncio.gather(*map(one, images))
+
+        np.testing.assert_allclose(asyncio.run(all_of_them()), expected, rtol=1e-4, atol=1e-4)
+        with pytest.raises(InputError, match=r"image: got uint8 \(7, 64, 64, 3\)"):
+            session.submit(images)
+        assert max(session.metrics.snapshot().batches) <= 4
+
+
+def test_many_threads_share_a_session(digits_bundle: Bundles, images: np.ndarray) -> None:
+    session = runtime.load(digits_bundle("fp32"))
+    expected = session.run(images)
+    with ThreadPoolExecutor(8) as pool:
+        for found in pool.map(lambda _: session.run(images), range(64)):
+            np.testing.assert_array_equal(found, expected)
+    assert session.metrics.snapshot().images == 65 * len(images)
+
+
+def test_a_closed_session_says_so(digits_bundle: Bundles, images: np.ndarray) -> None:
+    session = runtime.load(digits_bundle())
+    future = session.submit(images[0])
+    session.close()
+    session.close()
+    assert future.result().shape == (CLASSES,)
+    for call in (session.run, session.submit, lambda x: list(session.map([x])), lambda x: session.classify([])):
+        with pytest.raises(runtime.Closed, match="closed"):
+            call(images)
+
+
+def test_a_session_that_is_dropped_ends_its_threads(digits_bundle: Bundles, images: np.ndarray) -> None:
+    before = threading.active_count()
+    session = runtime.load(digits_bundle())
+    session.submit(images[0]).result()
+    assert threading.active_count() > before
+    del session
+    gc.collect()
+    assert threading.active_count() == before
 
 
 def test_preprocess_of_a_session_is_the_bundles(digits_bundle: Bundles, tmp_path: Path) -> None:
@@ -177,13 +355,13 @@ def test_labels_from_a_file_replace_those_of_the_bundle(digits_bundle: Bundles, 
     labels = tmp_path / "labels.txt"
     labels.write_text("".join(f"n{index:04}\tclass {index}\n" for index in range(CLASSES)))
     session = runtime.load(digits_bundle(), labels=labels)
-    for prediction in session.classify(np.zeros((1, SIZE, SIZE, 3), np.uint8), k=CLASSES)[0]:
+    for prediction in session.top(session.run(np.zeros((1, SIZE, SIZE, 3), np.uint8)), k=CLASSES)[0]:
         assert prediction.label == f"class {prediction.index}"
 
 
 def test_a_bundle_without_labels_gives_none(digits_bundle: Bundles, tmp_path: Path) -> None:
     session = runtime.load(rewritten(digits_bundle(), tmp_path / "bare", drop=bundles.LABELS))
-    predictions = session.classify(np.zeros((1, SIZE, SIZE, 3), np.uint8), k=CLASSES)[0]
+    predictions = session.top(session.run(np.zeros((1, SIZE, SIZE, 3), np.uint8)), k=CLASSES)[0]
     assert {prediction.label for prediction in predictions} == {None}
 
 
@@ -215,12 +393,12 @@ def test_labels_for_another_number_of_classes_are_refused(digits_bundle: Bundles
 @pytest.mark.parametrize("input_kind", ["uint8", "float32"])
 def test_images_of_another_kind_are_refused(digits_bundle: Bundles, wrong: np.ndarray, input_kind: str) -> None:
     session = runtime.load(digits_bundle("fp32", input_kind))
-    for call in (session.run, session.classify):
-        with pytest.raises(InputError) as caught:
-            call(wrong)
-        assert str(wrong.dtype) in str(caught.value)
-        assert str(wrong.shape) in str(caught.value)
-        assert f"uint8 (n, {SIZE}, {SIZE}, 3)" in str(caught.value)
+    with pytest.raises(InputError) as caught:
+        session.run(wrong)
+    assert str(wrong.dtype) in str(caught.value)
+    assert str(wrong.shape) in str(caught.value)
+    assert f"uint8 (n, {SIZE}, {SIZE}, 3)" in str(caught.value)
+    assert ("transpose" in str(caught.value)) == (wrong.shape == (1, 3, SIZE, SIZE))
 
 
 def test_cuda_where_there_is_none(digits_bundle: Bundles) -> None:
@@ -274,7 +452,7 @@ def test_cuda_without_a_gpu_is_not_tried(
 
 
 def test_a_device_that_is_none(digits_bundle: Bundles) -> None:
-    with pytest.raises(InputError, match="device 'tpu': must be auto, cpu or cuda"):
+    with pytest.raises(InputError, match="device 'tpu': must be auto, tensorrt, cuda or cpu"):
         runtime.load(digits_bundle(), "tpu")
 
 
@@ -300,7 +478,7 @@ def test_non_finite_logits_fail_the_check(digits_bundle: Bundles, tmp_path: Path
     )
     session = runtime.load(broken)
     with pytest.raises(CheckFailed, match=r"broken.*NaN or infinity"):
-        session.classify(np.zeros((1, SIZE, SIZE, 3), np.uint8))
+        session.run(np.zeros((1, SIZE, SIZE, 3), np.uint8))
 
 
 def test_a_model_that_onnxruntime_cannot_read(digits_bundle: Bundles, tmp_path: Path) -> None:
@@ -439,10 +617,11 @@ def test_runtime_imports_neither_torch_nor_onnx(digits_bundle: Bundles, run: boo
     if run:
         code += (
             f"\nsession = rxdeploy.runtime.load({str(digits_bundle())!r})"
-            f"\nsession.classify(numpy.zeros((1, {SIZE}, {SIZE}, 3), numpy.uint8))"
+            f"\nsession.top(session.run(numpy.zeros((1, {SIZE}, {SIZE}, 3), numpy.uint8)))"
         )
     found = modules_after(code)
     assert "rxdeploy" in found
     assert not found & {"torch", "onnx", "onnx_ir", "onnxscript", "tensorrt", "tensorrt_rtx", "safetensors", "sklearn"}
+    assert not found & {"cuda", "cupy", "matplotlib", "prometheus_client"}
     assert not found & {"rich", "click", "httpx"}
     assert ("onnxruntime" in found) == run  # loaded when a bundle is, not before

@@ -1,0 +1,66 @@
+"""What a bundle takes: every array is checked against the manifest before anything is enqueued."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rxdeploy.engines.bundle import Manifest
+from rxdeploy.errors import InputError
+from rxdeploy.runtime import arrays
+from rxdeploy.runtime.arrays import DeviceView
+from rxdeploy.runtime.preprocess import normalise
+
+
+class Inputs:
+    """Checks images and brings them to the engine's own input; everything is InputError for what does not fit.
+
+    uint8 (n, size, size, 3) is taken always; where normalisation is not in the graph it is done here, on the host.
+    The declared input of such a bundle, float32 (n, 3, size, size), is taken as it is.
+    """
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.size = manifest.preprocessing.image_size
+        self.classes = manifest.num_classes
+        self.normalised = not manifest.normalisation_in_graph
+        self._mean, self._std = manifest.preprocessing.mean, manifest.preprocessing.std
+        self._raw = (self.size, self.size, 3)
+        self._declared = (3, self.size, self.size) if self.normalised else self._raw
+        self._dtype = np.dtype(np.float32 if self.normalised else np.uint8)
+
+    def host(self, images: Any) -> NDArray:
+        """A batch on the host, as the engine takes it."""
+        batch = arrays.host_array(images, "images")
+        if batch.ndim == 4 and batch.shape[1:] == self._declared and batch.dtype == self._dtype:
+            return batch
+        if self.normalised and batch.ndim == 4 and batch.shape[1:] == self._raw and batch.dtype == np.uint8:
+            return normalise(batch, self._mean, self._std)
+        raise InputError(
+            f"images: got {batch.dtype} {batch.shape}, expected {self._expected('n, ')}{self._hint(batch)}"
+        )
+
+    def device(self, images: DeviceView) -> DeviceView:
+        """A batch on the GPU, which must be the engine's own input."""
+        if len(images.shape) == 4 and images.shape[1:] == self._declared and images.dtype == self._dtype:
+            return images
+        declared = f"{self._dtype} (n, {', '.join(map(str, self._declared))})"
+        raise InputError(f"images: got {images.dtype} {images.shape} on the GPU, expected {declared}")
+
+    def one(self, image: Any) -> NDArray:
+        """One image on the host, without the batch, as the engine takes it."""
+        array = arrays.host_array(image, "image")
+        if array.ndim != 3:
+            raise InputError(f"image: got {array.dtype} {array.shape}, expected {self._expected('')}")
+        return self.host(array[None])[0]
+
+    def _expected(self, batch: str) -> str:
+        raw = f"uint8 ({batch}{self.size}, {self.size}, 3), RGB"
+        made = "; Session.preprocess makes one from a file"
+        return (f"{raw}, or normalised float32 ({batch}3, {self.size}, {self.size})" if self.normalised else raw) + made
+
+    def _hint(self, batch: NDArray) -> str:
+        if batch.dtype == np.uint8 and batch.ndim == 4 and batch.shape[1:] == (3, self.size, self.size):
+            return ". This is NCHW: images.transpose(0, 2, 3, 1)"
+        return ". One image needs a batch: image[None]" if batch.shape == self._raw else ""
