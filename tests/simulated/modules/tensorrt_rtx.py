@@ -1,0 +1,5 @@
+"""Stands for NVIDIA's module of this name; see standin."""
+
+from standin.api import members
+
+globals().update(members("tensorrt_rtx"))
