@@ -95,6 +95,14 @@ def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Machine-readable result on stdout.")
 
+device_option = click.option(
+    "--device",
+    metavar="auto|tensorrt|cuda|cpu",
+    default="auto",
+    show_default=True,
+    help="tensorrt: the plan; cuda, cpu: ONNX Runtime; auto: the first that works. Another GPU: tensorrt:1.",
+)
+
 model_options = _options(
     click.argument("model"),
     click.option("--fp32", "precision", flag_value="fp32", help="Keep the model in float32."),
@@ -309,16 +317,18 @@ def validate(as_json: bool, onnx: Path | None, layers: bool, force: bool, **choi
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("-k", "--top", default=5, show_default=True, type=click.IntRange(1), help="Classes to show an image.")
 @click.option("--labels", type=click.Path(path_type=Path), help="Class names, one a line, instead of the bundle's.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@device_option
 @json_option
-def classify(bundle: Path, images: tuple[Path, ...], top: int, labels: Path | None, device: Any, as_json: bool) -> None:
+def classify(bundle: Path, images: tuple[Path, ...], top: int, labels: Path | None, device: str, as_json: bool) -> None:
     """Classify IMAGES with a bundle."""
     from rxdeploy import runtime
     from rxdeploy.terminal import classification_table
 
-    session = runtime.load(bundle, device, labels)
+    with runtime.load(bundle, device, labels) as session:
+        found = list(session.classify(images, top))
     manifest = session.bundle.manifest
-    results, failures = session.classify_files(images, top)
+    results = [(image.path, image.predictions) for image in found if image.predictions is not None]
+    failures = [image.error for image in found if image.error is not None]
     _warn_synthetic(manifest.weights.kind, manifest.weights.source)
     if as_json:
         from dataclasses import asdict
@@ -328,6 +338,8 @@ def classify(bundle: Path, images: tuple[Path, ...], top: int, labels: Path | No
                 "model": manifest.model,
                 "weights": manifest.weights.source,
                 "device": session.device,
+                "ran_on": session.description,
+                "passed_over": list(session.passed_over),
                 "images": [
                     {"image": str(path), "predictions": [asdict(prediction) for prediction in predictions]}
                     for path, predictions in results
@@ -336,11 +348,72 @@ def classify(bundle: Path, images: tuple[Path, ...], top: int, labels: Path | No
             }
         )
     elif results:
-        _print(classification_table(results))
+        _print(classification_table(results, session.description))
     for failure in failures[:-1]:
         _complain(str(failure))
     if failures:
         raise failures[-1]
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--batch", multiple=True, metavar="N,N,...", help="Batch sizes to measure. [default: of 1,8,32 those a plan takes]"
+)
+@click.option("--seconds", type=float, default=3.0, show_default=True, help="How long to measure each batch size.")
+@device_option
+@click.option("--layers", is_flag=True, help="Profile the layers too, at the largest batch size.")
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write everything to FILE too; - is stdout instead of the tables.",
+)
+@click.option(
+    "--plot",
+    "plot_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Draw throughput and latency to a .png or .svg.",
+)
+def bench(
+    bundle: Path,
+    batch: tuple[str, ...],
+    seconds: float,
+    device: str,
+    layers: bool,
+    json_file: Path | None,
+    plot_file: Path | None,
+) -> None:
+    """Measure a bundle's speed, and hold it against FLOPs and the machine's limits."""
+    from rxdeploy.bench import benchmark, facts, report
+    from rxdeploy.bench.plot import check_plot, plot
+    from rxdeploy.terminal import TerminalReporter
+
+    sizes = benchmark.parse_batches(",".join(batch)) if batch else None
+    benchmark.check_seconds(seconds)
+    to_stdout = json_file == Path("-")
+    if json_file and not to_stdout:
+        facts.check_output(json_file, "--json")
+    if plot_file:
+        check_plot(plot_file)
+    with TerminalReporter() as reporter:
+        result = benchmark.benchmark(bundle, device, sizes, seconds, layers, reporter)
+    if json_file and not to_stdout:
+        facts.write_json(result, json_file)
+    if plot_file:
+        plot(result, plot_file)
+    if to_stdout:
+        _print_json(facts.as_facts(result))
+    else:
+        click.echo(report.headline(result))
+        for table in report.tables(result):
+            _print(table)
+        for note in report.notes(result):
+            click.echo(note)
+    for failure in result.failures.values():
+        raise failure
 
 
 @cli.command()

@@ -43,8 +43,10 @@ EXTRA_OF_MODULE = {
     "filelock": "build",
     "platformdirs": "build",
     "onnxruntime": "cpu",
+    "matplotlib": "bench",
     "tensorrt_rtx": "rtx",
     "tensorrt": "tensorrt",
+    "cuda": "gpu",
 }
 
 

@@ -1,0 +1,1 @@
+"""How fast a bundle runs on this machine, against the card's FLOPs, the counted ones, and the roofline."""
