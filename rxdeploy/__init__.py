@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,9 +13,9 @@ __all__ = ["Session", "__version__", "load"]
 
 
 def __getattr__(name: str) -> Any:
-    """`load` and `Session`, imported when they are first asked for: NumPy and Pillow would slow down `--help`."""
+    """`load`, `Session` and `runtime`, imported when first asked for: NumPy and Pillow would slow down `--help`."""
     if name in ("Session", "load"):
-        from rxdeploy import runtime
-
-        return getattr(runtime, name)
+        return getattr(importlib.import_module("rxdeploy.runtime"), name)
+    if name == "runtime":
+        return importlib.import_module("rxdeploy.runtime")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -24,7 +24,7 @@ class Finding:
     install: str = ""
 
 
-# Piece, module, pip packages that bring it, what it adds, how to install it.
+# Piece, module, pip packages that bring it, what it adds, the extra that installs it ("": several do).
 _PACKAGES = (
     ("PyTorch", "torch", ("torch",), "reading checkpoints, validation", "build"),
     ("ONNX", "onnx", ("onnx",), "export", "build"),
@@ -33,8 +33,8 @@ _PACKAGES = (
     ("filelock", "filelock", ("filelock",), "the cache", "build"),
     ("platformdirs", "platformdirs", ("platformdirs",), "finding the cache's folder", "build"),
     ("safetensors", "safetensors", ("safetensors",), "reading .safetensors weights", "build"),
-    ("cuda-bindings", "cuda.bindings", ("cuda-bindings",), "running plans", "gpu"),
-    ("cuda-core", "cuda.core", ("cuda-core",), "arrays on the GPU", "gpu"),
+    ("cuda-bindings", "cuda.bindings", ("cuda-bindings",), "running plans", ""),
+    ("cuda-core", "cuda.core", ("cuda-core",), "arrays on the GPU", ""),
     ("tensorrt-lean", "tensorrt_lean", plan.LEAN.distributions, "running --version-compatible plans", "lean"),
     ("matplotlib", "matplotlib", ("matplotlib",), "plots of `rxdeploy bench`", "bench"),
 )
@@ -134,7 +134,8 @@ def _onnxruntime_finding() -> Finding:
 def _package_finding(piece: str, module: str, packages: tuple[str, ...], adds: str, extra: str) -> Finding:
     if plan.is_installed(module):
         return Finding(piece, "ok", f"version {installed_version(packages) or 'unknown'}")
-    return Finding(piece, "missing", "not installed", adds, f"pip install 'rxdeploy[{extra}]'")
+    install = f"pip install 'rxdeploy[{extra}]'" if extra else f"pip install {piece}"
+    return Finding(piece, "missing", "not installed", adds, install)
 
 
 def as_facts(findings: list[Finding], choice: Choice) -> dict[str, Any]:

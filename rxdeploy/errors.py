@@ -46,8 +46,11 @@ EXTRA_OF_MODULE = {
     "matplotlib": "bench",
     "tensorrt_rtx": "rtx",
     "tensorrt": "tensorrt",
-    "cuda": "gpu",
 }
+
+
+# And of those that several extras bring.
+_PACKAGES_OF_MODULE = {"cuda": "cuda-bindings cuda-core"}
 
 
 def first_line(error: Exception) -> str:
@@ -64,7 +67,7 @@ def missing_module(error: ModuleNotFoundError) -> EnvironmentLacks:
     """The error for a module that is not installed, with the command that installs it."""
     module = (error.name or "?").partition(".")[0]
     extra = EXTRA_OF_MODULE.get(module)
-    way_out = f"pip install 'rxdeploy[{extra}]'" if extra else f"pip install {module}"
+    way_out = f"pip install 'rxdeploy[{extra}]'" if extra else f"pip install {_PACKAGES_OF_MODULE.get(module, module)}"
     return EnvironmentLacks(f"the Python module {module} is not installed here; {way_out} adds it")
 
 

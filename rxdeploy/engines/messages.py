@@ -8,6 +8,9 @@ from typing import Any
 log = logging.getLogger("rxdeploy.tensorrt")
 
 
+_KEPT = 20
+
+
 class Messages:
     """What TensorRT said: everything goes to the log, errors are kept for our own error."""
 
@@ -20,11 +23,18 @@ class Messages:
         # Errors reach the user in our exception and warnings as a count, so the log shows them only when asked.
         log.log(min(levels[severity], logging.INFO), "%s", text)
         if severity <= 1:
-            self.errors.append(text)
+            self.errors = [*self.errors[-_KEPT:], text]
         self.warnings += severity == 2
 
     def summary(self) -> str:
-        return "; ".join(" ".join(text.split()) for text in self.errors[:3]) or "it gave no reason"
+        return self._text(self.errors[:3])
+
+    def latest(self) -> str:
+        """The last error: what a session that has run for long is told of its latest failure."""
+        return self._text(self.errors[-1:])
+
+    def _text(self, errors: list[str]) -> str:
+        return "; ".join(" ".join(text.split()) for text in errors) or "it gave no reason"
 
 
 def logger_for(trt: Any, messages: Messages) -> Any:

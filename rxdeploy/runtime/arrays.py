@@ -6,6 +6,8 @@ Numba), DLPack. Nothing is copied here.
 
 from __future__ import annotations
 
+import math
+import numbers
 import operator
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +34,15 @@ class DeviceView:
 
 
 Array = NDArray | DeviceView
+
+
+def part_of(array: Any, begin: int, end: int) -> Array:
+    """A part of a host array, or of a `DeviceView` or `DeviceArray`, by its first axis; nothing is copied."""
+    if isinstance(array, np.ndarray):
+        return array[begin:end]
+    row = math.prod(array.shape[1:]) * array.dtype.itemsize
+    device = array.device if isinstance(array, DeviceView) else array.gpu.ordinal
+    return DeviceView(array.pointer + begin * row, (end - begin, *array.shape[1:]), array.dtype, device, False, array)
 
 
 def is_on_device(array: Any, name: str) -> bool:
@@ -145,6 +156,6 @@ def _handle(stream: Any) -> int:
     for attribute in ("cuda_stream", "ptr", "handle"):  # PyTorch, CuPy, PyCUDA and Numba
         if (found := getattr(stream, attribute, None)) is not None:
             return int(getattr(found, "value", found) or 0)
-    if isinstance(stream, str | bytes | float | np.ndarray):
+    if isinstance(stream, str | bytes | numbers.Number | np.ndarray):
         raise TypeError  # int() would take it
     return int(stream)  # cuda.bindings' CUstream

@@ -153,6 +153,10 @@ class Batcher:
         """
         self._queue.close(drain)
 
+    def is_worker(self) -> bool:
+        """Whether the calling thread is one of those that compute."""
+        return threading.current_thread() in self._queue.threads
+
     def _request(self, image: Any, deadline: float | None) -> _Request:
         now = self._clock()
         if deadline is None:

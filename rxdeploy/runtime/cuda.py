@@ -19,6 +19,7 @@ from numpy.typing import DTypeLike, NDArray
 from rxdeploy.engines.gpu import find_driver
 from rxdeploy.errors import EnvironmentLacks, InputError, missing_module
 
+PER_THREAD_STREAM = 2  # CU_STREAM_PER_THREAD
 LEGACY_STREAM = 1  # CU_STREAM_LEGACY; DLPack and the CUDA array interface do not allow its other name, 0
 
 
@@ -298,6 +299,11 @@ class DeviceArray:
             "strides": None,
             "stream": self.stream,
         }
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray:
+        if copy is False:
+            raise ValueError("a DeviceArray lies on the GPU: only a copy of it can be on the host")
+        return self.numpy().astype(dtype or self.dtype, copy=False)
 
     def numpy(self) -> NDArray:
         """A copy on the host, after waiting for what fills it."""

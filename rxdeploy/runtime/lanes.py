@@ -7,6 +7,7 @@ other. All memory is allocated when a lane is made; a batch size seen before is 
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import threading
 from collections import OrderedDict, deque
@@ -22,13 +23,13 @@ from rxdeploy.engines.options import Profile
 from rxdeploy.errors import EnvironmentLacks, InputError
 from rxdeploy.runtime.arrays import Array, DeviceView
 from rxdeploy.runtime.batching import Closed
-from rxdeploy.runtime.cuda import DeviceArray, Gpu, Graph, capture
+from rxdeploy.runtime.cuda import LEGACY_STREAM, PER_THREAD_STREAM, DeviceArray, Gpu, Graph, capture
 from rxdeploy.runtime.plan import Plan
 
 log = logging.getLogger("rxdeploy.runtime")
 
 _ALIGNMENT = 256  # bytes, of every tensor's address and of the scratch memory: NvInferRuntime.h
-_GRAPHS = 64  # a lane keeps; each holds an execution context of TensorRT, some MB on the host
+_GRAPHS = 64  # a lane keeps; each holds an execution context of TensorRT, with memory of its own on host and device
 _SEEN = 256  # batch sizes and addresses a lane remembers having met once
 _MOST_PADDING = 2  # times as many images as asked for, when that is faster
 _TRIALS = 5
@@ -87,17 +88,32 @@ class PlanEngine:
             _finished(result, self._start(images, result))
         return result if out is None else None
 
-    def map(self, batches: Iterable[NDArray]) -> Iterator[NDArray[np.float32]]:
-        """Logits of each of many host batches, in order; the next is copied while one is computed."""
+    def map(self, batches: Iterable[NDArray]) -> Iterator[tuple[NDArray[np.float32], float | None]]:
+        """Logits of each of many host batches, in order; the next is copied while one is computed.
+
+        With None where others give seconds: how long one of several that overlap took, nobody knows. What was computed
+        before `batches` raised an error comes before the error.
+        """
         waiting: deque[tuple[NDArray, list[_Job]]] = deque()
-        for images in batches:
+        error: Exception | None = None
+        batches = iter(batches)
+        while True:
+            try:
+                images = next(batches)
+            except StopIteration:
+                break
+            except Exception as caught:
+                error = caught
+                break
             result = np.empty((len(images), *self.plan.output_shape), self.plan.output_dtype)
             with self._pool.call():
                 waiting.append((result, self._start(images, result)))
             if len(waiting) == len(self._lanes):
-                yield _finished(*waiting.popleft())
+                yield _finished(*waiting.popleft()), None
         while waiting:
-            yield _finished(*waiting.popleft())
+            yield _finished(*waiting.popleft()), None
+        if error is not None:
+            raise error
 
     def prepare(self, sizes: Iterable[int]) -> None:
         """Meet these batch sizes on every lane, so that no later call compiles or captures anything."""
@@ -162,8 +178,12 @@ class PlanEngine:
     ) -> NDArray[np.float32] | DeviceArray | None:
         shape = (len(images) if isinstance(images, np.ndarray) else images.shape[0], *self.plan.output_shape)
         made = DeviceArray(self.gpu, shape, self.plan.output_dtype, stream) if out is None else None
-        with self._pool.lane(stream) as lane:
-            where = lane.stream.handle if stream is None else stream
+        # TensorRT waits for the whole device when it is enqueued on a default stream: then on the lane's, in between.
+        default = stream if stream in (LEGACY_STREAM, PER_THREAD_STREAM) else None
+        with self._pool.lane(None if default else stream) as lane:
+            where = lane.stream.handle if stream is None or default else stream
+            if default:
+                self._order(default, where)
             for begin in range(0, shape[0], self.largest):
                 end = min(begin + self.largest, shape[0])
                 source = lane.stage(images, begin, end, where, self.plan.input_bytes)
@@ -172,9 +192,15 @@ class PlanEngine:
                 if isinstance(out, np.ndarray):
                     self.gpu.synchronize(where)
                     out[begin:end] = lane.host_out[: end - begin]
-            if stream is None:
+            if default:
+                self._order(where, default)
+            if stream is None or isinstance(images, np.ndarray):
                 self.gpu.synchronize(where)
         return made
+
+    def _order(self, before: int, after: int) -> None:
+        with self.gpu.current():
+            self.gpu.order(before, after)
 
 
 def _address(array: Any, begin: int, item: int) -> int | None:
@@ -306,7 +332,8 @@ class Lane:
         try:
             if not getattr(context, "is_stream_capturable", lambda _: True)(self.stream.handle):
                 raise self._plan.error("cannot be captured")
-            with capture(self._gpu, self.stream.handle) as graphs:
+            # What the collector might free meanwhile would break the capture.
+            with _no_collection(), capture(self._gpu, self.stream.handle) as graphs:
                 self._issue(context, call, size, self.stream.handle)
         except EnvironmentLacks as error:
             log.warning("batches of %d run without a CUDA graph: %s", size, error)
@@ -403,7 +430,7 @@ class Lane:
         """Free everything; nothing may run any more."""
         with contextlib.suppress(EnvironmentLacks):  # of a device that is broken: nothing runs there either
             self._take_back()
-        for graph, _ in self._graphs.values():
+        for graph in [graph for graph, _ in self._graphs.values()]:  # no name that keeps a context beyond the next line
             graph.close()
         with self._gpu.current():
             self._graphs.clear()
@@ -411,6 +438,18 @@ class Lane:
         self.host_in = self.host_out = np.empty(0)
         for owned in (self._idle, self.stream, self._device, self._pinned):
             owned.close()
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """No garbage is collected meanwhile."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def _aligned(size: int) -> int:
@@ -501,7 +540,7 @@ class _Pool:
             if job is not None and job in self._jobs:
                 self._jobs.remove(job)
             self._free.add(lane)
-            self._changed.notify()
+            self._changed.notify_all()  # `close` may be among those that wait
 
     def start(self, images: NDArray, result: NDArray) -> _Job:
         lane = self.acquire()

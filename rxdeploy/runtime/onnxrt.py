@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -12,13 +13,15 @@ from numpy.typing import NDArray
 from rxdeploy.engines import bundle as bundles
 from rxdeploy.engines.bundle import Bundle
 from rxdeploy.engines.gpu import find_driver
-from rxdeploy.engines.options import MAX_BATCH
 from rxdeploy.errors import CheckFailed, EnvironmentLacks, first_line, missing_module
-from rxdeploy.runtime.arrays import Array, DeviceView
+from rxdeploy.runtime.arrays import Array, DeviceView, part_of
+from rxdeploy.runtime.batching import Closed
 from rxdeploy.runtime.cuda import DeviceArray, Gpu
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _PROVIDERS = {"cpu": CPU, "cuda": CUDA}
+# Images that are computed at once; of more, the activations take memory and, on a CPU, time: they leave its caches.
+_LARGEST = {"cpu": 64, "cuda": 256}
 
 # TF32 would round float32 convolutions to 10 bits of mantissa, which is no float32 any more.
 _PROVIDER_OPTIONS: dict[str, dict[str, str]] = {CPU: {}, CUDA: {"use_tf32": "0"}}
@@ -53,8 +56,11 @@ def open_session(model: Path | bytes, provider: str = CPU, ordinal: int = 0, pro
     provider_options = _PROVIDER_OPTIONS[provider] | ({"device_id": str(ordinal)} if provider == CUDA else {})
     source = model if isinstance(model, bytes) else str(model)
     try:
-        session = ort.InferenceSession(source, options, providers=[(provider, provider_options)])
+        # Its fallback would go on with another provider, now or after a failed run, and say so on stdout.
+        session = ort.InferenceSession(source, options, providers=[(provider, provider_options)], enable_fallback=0)
     except Exception as error:  # ONNX Runtime's exceptions share no base of their own
+        if provider == CUDA and type(error).__name__ == "EPFail":
+            raise EnvironmentLacks(f"ONNX Runtime's {provider} does not start here: {first_line(error)}") from None
         what = "the model" if isinstance(model, bytes) else model
         raise CheckFailed(f"ONNX Runtime cannot load {what}: {first_line(error)}") from None
     if session.get_providers()[0] != provider:
@@ -79,7 +85,7 @@ class OnnxEngine:
     def __init__(self, bundle: Bundle, device: Literal["cpu", "cuda"], ordinal: int = 0) -> None:
         manifest = bundle.manifest
         self.device = device
-        self.largest = MAX_BATCH  # no batch is too large but for memory
+        self.largest = _LARGEST[device]
         self.gpu = _gpu(ordinal) if device == "cuda" else None
         self._ordinal = ordinal
         self._input, self._classes = manifest.inputs[0].name, manifest.num_classes
@@ -89,18 +95,24 @@ class OnnxEngine:
 
     def run(self, images: Array, out: Array | None, stream: int | None) -> NDArray[np.float32] | DeviceArray | None:
         """Logits of `images`; into `out` when given, and then that is not returned. Complete on return."""
+        session = self._open()
         if isinstance(images, DeviceView) or isinstance(out, DeviceView):
-            return self._run_bound(images, out, stream)
-        logits = run_session(self._session, ["logits"], {self._input: images})[0]
-        if out is None:
-            return logits
-        np.copyto(out, logits)
-        return None
+            return self._run_bound(session, images, out, stream)
+        if out is None and len(images) <= self.largest:
+            return run_session(session, ["logits"], {self._input: images})[0]
+        result = np.empty((len(images), self._classes), np.float32) if out is None else out
+        for begin in range(0, len(images), self.largest):
+            part = slice(begin, begin + self.largest)
+            np.copyto(result[part], run_session(session, ["logits"], {self._input: images[part]})[0])
+        return result if out is None else None
 
-    def map(self, batches: Iterable[NDArray]) -> Iterator[NDArray[np.float32]]:
-        """Logits of each of many host batches, in order."""
+    def map(self, batches: Iterable[NDArray]) -> Iterator[tuple[NDArray[np.float32], float | None]]:
+        """Logits of each of many host batches, in order, and the seconds that each took."""
         for images in batches:
-            yield run_session(self._session, ["logits"], {self._input: images})[0]
+            begin = time.perf_counter()
+            logits = self.run(images, None, None)
+            assert isinstance(logits, np.ndarray)  # host in, host out
+            yield logits, time.perf_counter() - begin
 
     def prepare(self, sizes: Iterable[int]) -> None:
         """ONNX Runtime has nothing to prepare."""
@@ -109,31 +121,40 @@ class OnnxEngine:
         """Drop ONNX Runtime's session; calls that are running end first, as they hold it too."""
         self._session = None
 
-    def _run_bound(self, images: Array, out: Array | None, stream: int | None) -> DeviceArray | None:
+    def _open(self) -> Any:
+        if (session := self._session) is None:
+            raise Closed("the session is closed; load the bundle again")
+        return session
+
+    def _run_bound(self, session: Any, images: Array, out: Array | None, stream: int | None) -> DeviceArray | None:
         assert self.gpu is not None  # the caller saw to it
         if stream is not None:
             self.gpu.synchronize(stream)  # ONNX Runtime has a stream of its own
-        shape = (images.shape[0], self._classes)
-        made = self.gpu.empty(shape, np.float32) if out is None else None
-        binding = self._session.io_binding()
+        count = images.shape[0]
+        made = self.gpu.empty((count, self._classes), np.float32) if out is None else None
+        target = out if made is None else made
+        for begin in range(0, count, self.largest):
+            end = min(begin + self.largest, count)
+            self._run_part(session, part_of(images, begin, end), part_of(target, begin, end))
+        return made
+
+    def _run_part(self, session: Any, images: Array, target: Array) -> None:
+        binding = session.io_binding()
         if isinstance(images, DeviceView):
             binding.bind_input(self._input, "cuda", self._ordinal, images.dtype.type, images.shape, images.pointer)
         else:
             binding.bind_cpu_input(self._input, np.ascontiguousarray(images))
-        target = made or out
         if isinstance(target, np.ndarray):
             binding.bind_output("logits", "cpu")
         else:
-            assert target is not None
-            binding.bind_output("logits", "cuda", self._ordinal, np.float32, shape, target.pointer)
+            binding.bind_output("logits", "cuda", self._ordinal, np.float32, target.shape, target.pointer)
         try:
-            self._session.run_with_iobinding(binding)
+            session.run_with_iobinding(binding)
             binding.synchronize_outputs()
         except Exception as error:  # as above
             raise CheckFailed(f"ONNX Runtime cannot run the model: {first_line(error)}") from None
         if isinstance(target, np.ndarray):
             np.copyto(target, binding.copy_outputs_to_cpu()[0])
-        return made
 
 
 def _gpu(ordinal: int) -> Gpu | None:

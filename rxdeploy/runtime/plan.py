@@ -68,6 +68,11 @@ def find_runner(manifest: Manifest, gpu: Gpu) -> Runner:
         raise EnvironmentLacks(
             f"the bundle has no plan; `{rebuild_command(manifest)}` with TensorRT installed makes one"
         )
+    if engine.get("strip_plan"):
+        raise EnvironmentLacks(
+            "the plan has no weights (it was built with --strip-plan), and rxdeploy does not refit plans; build it "
+            "without that option"
+        )
     rebuild = f"build it again here: {rebuild_command(manifest)}"
     if (built_on := target.gpu) and target.name == "tensorrt" and built_on != gpu.name:
         wide = engine.get("hardware_compatible") and gpu.compute_capability >= (8, 0)
@@ -100,6 +105,19 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".") if part.isdigit())
 
 
+def _way_out(manifest: Manifest, gpu: Gpu) -> str:
+    """What makes a plan that runs on `gpu`, where this one does not."""
+    engine = manifest.engine
+    assert engine is not None  # find_runner saw to it
+    listed = engine.get("compute_capabilities") or TENSORRT_RTX.compute_capabilities
+    here = ".".join(map(str, gpu.compute_capability))
+    if manifest.target.name != "tensorrt-rtx" or here in listed:
+        return f"build it again here: {rebuild_command(manifest)}"
+    known = here in TENSORRT_RTX.compute_capabilities
+    option = f"--compute-capability {here}" if known else "--target tensorrt: tensorrt-rtx does not list this GPU's"
+    return f"it is for compute capability {', '.join(listed)}, and this GPU has {here}: build with {option}"
+
+
 class Plan:
     """A deserialised plan. `runner` says with what; `profiles` are its batch sizes; shapes are without the batch."""
 
@@ -108,6 +126,8 @@ class Plan:
         self.runner = find_runner(manifest, gpu)
         self._gpu, self._messages = gpu, Messages()
         self.engine: Any = None
+        self._config: Any = None  # of TensorRT-RTX, for all execution contexts
+        self._compiled: Any = None
         self._runtime: Any = None
         try:
             with gpu.current():
@@ -128,7 +148,10 @@ class Plan:
         self.version = str(self.trt.__version__)
         # Kept: TensorRT's objects hold bare pointers to these.
         self._logger = logger_for(self.trt, self._messages)
-        self._runtime = self.trt.Runtime(self._logger)
+        try:
+            self._runtime = self.trt.Runtime(self._logger)
+        except TypeError:  # pybind's word for a null pointer: a driver older than this TensorRT's CUDA, most often
+            raise EnvironmentLacks(f"{runner.module} does not start: {self._messages.summary()}") from None
         assert manifest.engine is not None  # find_runner saw to it
         if manifest.engine["version_compatible"]:
             # Such a plan carries code; the bundle's digests vouch for it as for this program's own files.
@@ -138,7 +161,7 @@ class Plan:
         if self.engine is None:
             raise EnvironmentLacks(
                 f"{runner.module} {self.version} does not take the plan on this GPU: {self._messages.summary()}; "
-                f"build it again here: {rebuild_command(manifest)}"
+                + _way_out(manifest, self._gpu)
             )
 
     def _read_tensors(self, manifest: Manifest) -> None:
@@ -186,11 +209,15 @@ class Plan:
         if hasattr(trt, "DynamicShapesKernelSpecializationStrategy"):
             # RTX compiles for a shape when it first meets it: at once, so that nothing is captured with the slower
             # kernels that stand in meanwhile.
-            config = self.engine.create_runtime_config()
-            config.set_execution_context_allocation_strategy(managed)
-            eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
-            config.dynamic_shapes_kernel_specialization_strategy = eager
-            context = self.engine.create_execution_context(config)
+            if self._config is None:
+                self._config = self.engine.create_runtime_config()
+                self._config.set_execution_context_allocation_strategy(managed)
+                eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+                self._config.dynamic_shapes_kernel_specialization_strategy = eager
+                # What one context has compiled, the others need not.
+                self._compiled = self._config.create_runtime_cache()
+                self._config.set_runtime_cache(self._compiled)
+            context = self.engine.create_execution_context(self._config)
         else:
             context = self.engine.create_execution_context(managed)
         if context is None:
@@ -202,14 +229,16 @@ class Plan:
 
     def error(self, what: str) -> EnvironmentLacks:
         """The error for something TensorRT refused to do, with its own words."""
-        return EnvironmentLacks(f"the plan {what}: {self._messages.summary()}")
+        return EnvironmentLacks(f"the plan {what}: {self._messages.latest()}")
 
     def layers(self) -> str:
-        """TensorRT's own description of the plan's layers, JSON."""
+        """TensorRT's own description of the plan's layers, JSON; EnvironmentLacks with tensorrt_lean: it has none."""
+        if self.runner is LEAN:
+            raise EnvironmentLacks("tensorrt_lean tells nothing of a plan's layers; the full TensorRT does")
         return self.engine.create_engine_inspector().get_engine_information(self.trt.LayerInformationFormat.JSON)
 
     def close(self) -> None:
         """Let TensorRT free the plan, while its CUDA context still is; execution contexts must be gone."""
         with self._gpu.current():
-            self.engine = None
+            self._config = self._compiled = self.engine = None
             self._runtime = None

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from rxdeploy.cards import read_labels
 from rxdeploy.engines import bundle as bundles
 from rxdeploy.engines.bundle import Bundle
+from rxdeploy.engines.gpu import find_driver
 from rxdeploy.errors import CheckFailed, EnvironmentLacks, InputError, RxDeployError
 from rxdeploy.runtime import arrays
 from rxdeploy.runtime.arrays import Array, DeviceView
@@ -62,7 +63,7 @@ class Classified:
 
 
 def load(
-    path: str | Path, device: str = "auto", labels: Path | None = None, *, batching: Batching | None = None
+    path: str | Path, device: str = "auto", labels: str | Path | None = None, *, batching: Batching | None = None
 ) -> Session:
     """Open the bundle at `path`, check every digest, and get it ready to run.
 
@@ -73,7 +74,7 @@ def load(
     device that is not possible here.
     """
     bundle = bundles.open_bundle(Path(path))
-    names = read_labels(labels, bundle.manifest.num_classes) if labels else bundle.labels()
+    names = read_labels(Path(labels), bundle.manifest.num_classes) if labels else bundle.labels()
     return Session(bundle, device, names, batching or Batching())
 
 
@@ -92,15 +93,20 @@ class Session:
         self.gpu = self.engine.gpu
         self.metrics = Metrics()
         self._labels = labels
-        missing = "; pip install cuda-bindings cuda-core adds what that needs" if self.device == "cuda" else ""
-        self._way_to_gpu = missing or ", or load the bundle for the GPU"
+        self._way_to_gpu = (
+            "pip install cuda-bindings cuda-core adds what that needs"
+            if self.device == "cuda"
+            else "load the bundle for a GPU to use one"
+        )
         self._batching = _fill_in(batching, self.engine)
         self._inputs = Inputs(bundle.manifest)
         self._compute = _Compute(bundle, self.engine, self.metrics)
-        self._closing = threading.Lock()
+        self._lock = threading.Lock()
+        self._closed = False
+        self._pid = os.getpid()
         self._batchers: list[Batcher] = []  # none until something is submitted, then one
         # Before the interpreter takes its modules apart, TensorRT's objects must be gone.
-        self._finalizer = weakref.finalize(self, _close, self._batchers, self.engine)
+        self._finalizer = weakref.finalize(self, _close, self._batchers, self.engine, self._pid)
 
     def run(self, images: Any, out: Any = None, stream: Any = None) -> Any:
         """Logits, float32 (n, num_classes), of uint8 RGB images (n, image_size, image_size, 3).
@@ -128,7 +134,9 @@ class Session:
         except RxDeployError:
             self.metrics.count_error()
             raise
-        enqueued = handle is not None and not isinstance(batch, np.ndarray) and not isinstance(target, np.ndarray)
+        # Only a plan's run on device arrays and a stream is not complete by now.
+        on_host = isinstance(batch, np.ndarray) or isinstance(target, np.ndarray)
+        enqueued = handle is not None and self.device == "tensorrt" and not on_host
         self.metrics.record_run(batch.shape[0], None if enqueued else time.perf_counter() - begin)
         if isinstance(logits, DeviceArray):
             logits.keeps = stream  # it has its handle
@@ -161,9 +169,8 @@ class Session:
 
         results = self.engine.map(checked())
         while True:
-            begin = time.perf_counter()
             try:
-                logits = next(results)
+                logits, seconds = next(results)
             except StopIteration:
                 return
             except InputError:
@@ -171,8 +178,8 @@ class Session:
             except RxDeployError:
                 self.metrics.count_error()
                 raise
+            self.metrics.record_run(sizes.popleft(), seconds)
             self._compute.check_finite(logits)
-            self.metrics.record_run(sizes.popleft(), time.perf_counter() - begin)
             yield logits
 
     def prepare(self, sizes: Iterable[int]) -> None:
@@ -181,10 +188,15 @@ class Session:
         On a GPU this compiles, measures and captures what each size needs; on a CPU there is nothing to do.
         """
         self._check_open()
+        sizes = list(sizes)
+        for size in sizes:
+            if size < 1:
+                raise InputError(f"batch size {size}: it must be at least 1")
         self.engine.prepare(sizes)
 
-    def preprocess(self, path: Path) -> NDArray[np.uint8]:
+    def preprocess(self, path: str | Path) -> NDArray[np.uint8]:
         """An image file as the model's evaluation transform leaves it: uint8 (image_size, image_size, 3), RGB."""
+        path = Path(path)
         inputs = self.bundle.manifest.preprocessing
         image = open_rgb(path)
         try:
@@ -192,7 +204,7 @@ class Session:
         except InputError as error:
             raise InputError(f"image {path}: {error}") from None
 
-    def classify(self, paths: Iterable[str | Path], k: int = 5) -> Iterator[Classified]:
+    def classify(self, paths: Iterable[str | Path] | str | Path, k: int = 5) -> Iterator[Classified]:
         """The `k` most probable classes of each image file, in the order of `paths`; all classes when `k` is more.
 
         Files are decoded and resized by a few threads ahead of the inference, and run in batches. A file that
@@ -202,10 +214,14 @@ class Session:
         if k < 1:
             raise InputError(f"k is {k}; it must be at least 1")
         self._check_open()
+        if isinstance(paths, str | Path):
+            paths = [paths]
         return self._classify(map(Path, paths), k)
 
     def top(self, logits: NDArray[np.float32], k: int = 5) -> list[tuple[Prediction, ...]]:
         """The `k` most probable classes of each row of `logits` (n, num_classes), best first."""
+        if np.shape(logits)[1:] != (self._inputs.classes,):
+            raise InputError(f"logits: got {np.shape(logits)}, expected (n, {self._inputs.classes}); see Session.run")
         return [self._top(row, k) for row in logits]
 
     def submit(self, image: Any, deadline: float | None = None, timeout: float | None = None) -> Future:
@@ -226,10 +242,20 @@ class Session:
 
         Calls that are running end first; doing it twice is no error.
         """
-        with self._closing:
-            for batcher in self._batchers:
-                batcher.close(drain)
+        with self._lock:
+            self._closed = True
+        if os.getpid() != self._pid:
+            return  # a forked child: the threads and the GPU are the parent's
+        for batcher in self._batchers:
+            batcher.close(drain)
+        if any(batcher.is_worker() for batcher in self._batchers):
+            # In a callback of a future. This thread is to compute the rest first; the engine is freed after it.
+            threading.Thread(target=self._finalizer, name="rxdeploy-close").start()
+        else:
             self._finalizer()
+
+    def __repr__(self) -> str:
+        return f"Session({self.bundle.manifest.model}, {self.bundle.manifest.precision}: {self.description})"
 
     def __enter__(self) -> Session:
         return self
@@ -238,8 +264,10 @@ class Session:
         self.close()
 
     def _check_open(self) -> None:
-        if not self._finalizer.alive:
+        if self._closed:
             raise Closed("the session is closed; load the bundle again")
+        if os.getpid() != self._pid:
+            raise Closed("this process was forked from the one that loaded the session; load the bundle after the fork")
 
     # Arrays on the device
 
@@ -247,7 +275,9 @@ class Session:
         if stream is None:
             return None
         if self.gpu is None:
-            raise InputError(f"stream: the session cannot reach a GPU's streams ({self.description}){self._way_to_gpu}")
+            raise InputError(
+                f"stream: the session cannot reach a GPU's streams ({self.description}); {self._way_to_gpu}"
+            )
         return arrays.stream_handle(stream)
 
     def _context(self, images: Any, out: Any, stream: int | None) -> contextlib.AbstractContextManager[None]:
@@ -270,7 +300,7 @@ class Session:
         if self.gpu is None:
             raise InputError(
                 f"{name}: the array lies on a GPU, and the session cannot reach it ({self.description}); bring it to "
-                f"the host (.cpu(), .get()){self._way_to_gpu}"
+                f"the host (.cpu(), .get()); {self._way_to_gpu}"
             )
         # Without a stream the engine's own is used, which waits for nobody: let the legacy stream's order hold.
         view = arrays.device_view(array, name, LEGACY_STREAM if stream is None else stream, self.gpu)
@@ -347,7 +377,7 @@ class Session:
     def _batcher(self) -> Batcher:
         self._check_open()
         if not self._batchers:
-            with self._closing:
+            with self._lock:
                 self._check_open()
                 if not self._batchers:
                     workers = 2 if self.device == "tensorrt" else 1  # one copies while the other computes
@@ -430,7 +460,7 @@ def _step_back() -> None:
 
 def parse_device(device: str) -> tuple[str, int]:
     """("auto" | "tensorrt" | "cuda" | "cpu", number of the GPU) of a device's name, "cuda:1" say."""
-    kind, colon, number = device.partition(":")
+    kind, colon, number = str(device).partition(":")
     if kind not in ("auto", "tensorrt", "cuda", "cpu") or (colon and (kind == "cpu" or not number.isdecimal())):
         raise InputError(f"device {device!r}: must be auto, tensorrt, cuda or cpu; a GPU's number may follow: cuda:1")
     return kind, int(number or 0)
@@ -456,7 +486,9 @@ def _open(bundle: Bundle, device: str) -> tuple[Engine, tuple[str, ...]]:
         except EnvironmentLacks as error:
             passed_over.append(f"{name}: {error}")
         else:
-            log.info("running on %s%s", engine.description, "".join(f"; {reason}" for reason in passed_over))
+            # A GPU that is there and not used is worth a warning; that there is none, is not.
+            level = logging.WARNING if passed_over and not find_driver().problem else logging.INFO
+            log.log(level, "running on %s%s", engine.description, "".join(f"; {reason}" for reason in passed_over))
             return engine, tuple(passed_over)
     raise EnvironmentLacks(f"bundle {bundle.path} cannot run here: {'; '.join(passed_over)}")
 
@@ -467,7 +499,9 @@ def _fill_in(batching: Batching, engine: Engine) -> Batching:
     return replace(batching, max_batch=min(engine.largest, _LARGEST_DEFAULT))
 
 
-def _close(batchers: list[Batcher], engine: Engine) -> None:
+def _close(batchers: list[Batcher], engine: Engine, pid: int) -> None:
+    if os.getpid() != pid:
+        return  # as in `Session.close`
     for batcher in batchers:
         batcher.close()
     engine.close()

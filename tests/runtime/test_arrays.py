@@ -95,18 +95,33 @@ def test_what_is_no_stream(stream: Any) -> None:
         stream_handle(stream)
 
 
+class Dismantled:
+    """A stream that was closed, and lost what it had."""
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        raise AttributeError("_handle")
+
+
 @pytest.mark.parametrize(
     "stream",
     [
         True,
         False,
         "7",
+        b"7",
         2.5,
+        np.float64(7),
+        np.float32(7),
         SimpleNamespace(handle="abc"),
         SimpleNamespace(handle=lambda: 5),
         SimpleNamespace(__cuda_stream__=lambda: None),
+        SimpleNamespace(__cuda_stream__=lambda: (0,)),
+        Dismantled(),
     ],
-    ids=["True", "False", "text", "float", "handle is text", "handle is a method", "no protocol"],
+    ids=[
+        *("True", "False", "text", "bytes", "float", "float64", "float32", "handle is text", "handle is a method"),
+        *("no protocol", "half of the protocol", "closed"),
+    ],
 )
 def test_what_is_no_stream_though_int_would_take_it(stream: Any) -> None:
     with pytest.raises(InputError, match="stream"):
@@ -188,6 +203,22 @@ def test_host_arrays_are_read_where_they_lie(wrap: Any, view: Any) -> None:
     assert found.ctypes.data == array.ctypes.data
 
 
+class BothWays(Exports):
+    """By both; NumPy reads DLPack of before 1.0 as read-only, which an `out` must not be."""
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 1, 0
+
+    def __dlpack__(self, **options: Any) -> Any:
+        raise AssertionError("nobody asks")
+
+
+def test_numpys_interface_is_preferred() -> None:
+    array = np.arange(3)
+    found = host_array(BothWays(array), "out")
+    assert found.ctypes.data == array.ctypes.data and found.flags.writeable
+
+
 def test_tensors_of_pytorch_are_read_where_they_lie() -> None:
     torch = pytest.importorskip("torch")
     tensor = torch.arange(12, dtype=torch.uint8).reshape(3, 4)
@@ -235,5 +266,5 @@ def test_without_cuda_core_the_error_names_the_extra(monkeypatch: pytest.MonkeyP
         monkeypatch.delitem(sys.modules, name)
     for name in ("cuda.core", "cuda.core.utils"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(EnvironmentLacks, match=r"cuda.* is not installed here; pip install 'rxdeploy\[gpu\]'"):
+    with pytest.raises(EnvironmentLacks, match=r"cuda.* is not installed here; pip install cuda-bindings cuda-core"):
         device_view(Dlpack(2), "images", 1, None)

@@ -89,9 +89,9 @@ class Clock:
         self.looks += threading.current_thread() is not threading.main_thread()
         return self.now
 
-    def wait_until_looked_at(self, batcher: Batcher) -> None:
-        """Until a worker has seen what is queued, and waits for more."""
-        until(lambda: self.looks > 0)
+    def wait_for_look(self, batcher: Batcher, number: int) -> None:
+        """Until the worker has looked at the queue so many times, and waits for more."""
+        until(lambda: self.looks >= number)
         with batcher._queue.lock:  # which the worker holds from looking until it waits
             pass
 
@@ -278,8 +278,9 @@ def test_a_future_kept_does_not_keep_its_image(make: Callable[..., Batcher], eng
 def test_a_complete_batch_does_not_wait(make: Callable[..., Batcher], engine: Engine) -> None:
     clock = Clock()
     batcher = make(max_batch=3, max_delay_ms=NEVER_MS, clock=clock)
+    clock.wait_for_look(batcher, 1)
     futures = [batcher.submit(image(0))]
-    clock.wait_until_looked_at(batcher)
+    clock.wait_for_look(batcher, 2)
     futures += [batcher.submit(image(number)) for number in range(1, 6)]
     for number, future in enumerate(futures):
         check(future, number)
@@ -328,6 +329,17 @@ def test_workers_compute_at_the_same_time(make: Callable[..., Batcher], engine: 
     batcher = make(max_batch=2, max_delay_ms=NEVER_MS, workers=3, run=run)
     for number, future in enumerate([batcher.submit(image(number)) for number in range(6)]):
         check(future, number)
+
+
+def test_a_free_worker_takes_what_comes_while_another_computes(make: Callable[..., Batcher], engine: Engine) -> None:
+    batcher = make(workers=2)
+    first = block(engine, batcher)
+    second = batcher.submit(image(1))
+    engine.wait_until_in_run()
+    assert engine.batches == [[999], [1]]
+    engine.gate.set()
+    check(first, 999)
+    check(second, 1)
 
 
 def test_a_busy_worker_leaves_the_rest_to_another(make: Callable[..., Batcher], engine: Engine) -> None:
@@ -528,7 +540,8 @@ def test_a_deadline_is_kept_while_the_worker_hangs(
 ) -> None:
     batcher = make()
     block(engine, batcher)
-    late, patient = batcher.submit(image(1), deadline=0.01), batcher.submit(image(2))
+    patient = batcher.submit(image(2), deadline=1000)
+    late = batcher.submit(image(1), deadline=0.01)
     hurried = batcher.submit(image(3), deadline=0.005)
     for future in (late, hurried):
         with pytest.raises(DeadlineExceeded):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import hashlib
 import json
@@ -330,6 +331,104 @@ def test_a_closed_session_says_so(digits_bundle: Bundles, images: np.ndarray) ->
             call(images)
 
 
+def test_a_callback_may_close_the_session(digits_bundle: Bundles, images: np.ndarray) -> None:
+    """On the thread that computes: what waits is computed first, and nobody waits for ever."""
+    session = runtime.load(digits_bundle(), batching=runtime.Batching(max_batch=1))
+    closed = threading.Event()
+
+    def close(_: Any) -> None:
+        session.close()
+        closed.set()
+
+    first = session.submit(images[0])
+    first.add_done_callback(close)
+    futures = [first]
+    with contextlib.suppress(runtime.Closed):
+        futures += [session.submit(image) for image in images]
+    assert closed.wait(20)
+    for future in futures:
+        assert future.result(20).shape == (CLASSES,)
+    session.close()
+    with pytest.raises(runtime.Closed):
+        session.run(images)
+
+
+def test_a_forked_child_is_told_to_load_again(digits_bundle: Bundles, images: np.ndarray) -> None:
+    code = f"""
+import os, sys, numpy, rxdeploy
+session = rxdeploy.load({str(digits_bundle())!r}, "cpu")
+image = numpy.zeros(({SIZE}, {SIZE}, 3), numpy.uint8)
+session.submit(image).result()
+child = os.fork()
+if child == 0:
+    try:
+        session.run(image[None])
+    except rxdeploy.runtime.Closed as error:
+        session.close()
+        os._exit(0 if "forked" in str(error) else 1)
+    os._exit(2)
+assert os.waitpid(child, 0)[1] == 0
+assert session.run(image[None]).shape == (1, {CLASSES})
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_large_batches_are_computed_in_parts(
+    digits_bundle: Bundles, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = runtime.load(digits_bundle("fp32"), "cpu")
+    batch = images[np.arange(150) % len(images)]
+    sizes, real = [], onnxrt.run_session
+
+    def run(opened: Any, names: Any, feed: dict[str, np.ndarray]) -> Any:
+        sizes.append(len(feed["image"]))
+        return real(opened, names, feed)
+
+    monkeypatch.setattr(onnxrt, "run_session", run)
+    expected = session.run(images)[np.arange(150) % len(images)]
+    sizes.clear()
+    np.testing.assert_allclose(session.run(batch), expected, rtol=1e-4, atol=1e-4)
+    assert sizes == [64, 64, 22]
+    out = np.empty((150, CLASSES), np.float32)
+    assert session.run(batch, out=out) is out
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_map_counts_the_engines_time_and_not_the_producers(digits_bundle: Bundles, images: np.ndarray) -> None:
+    def slowly() -> Any:
+        for _ in range(3):
+            threading.Event().wait(0.2)
+            yield images[:1]
+
+    with runtime.load(digits_bundle(), "cpu") as session:
+        session.run(images[:1])
+        assert len(list(session.map(slowly()))) == 3
+        assert session.metrics.snapshot().runs.count == 4
+        assert session.metrics.snapshot().runs.p50 < 0.1
+
+
+def test_results_come_before_the_error_of_a_later_batch(digits_bundle: Bundles, images: np.ndarray) -> None:
+    results = runtime.load(digits_bundle()).map([images, images[:2], images[0]])
+    assert [len(next(results)) for _ in range(2)] == [len(images), 2]
+    with pytest.raises(InputError):
+        next(results)
+
+
+def test_logits_of_another_shape_have_no_classes(digits_bundle: Bundles) -> None:
+    session = runtime.load(str(digits_bundle()))
+    for wrong in (np.zeros(CLASSES, np.float32), np.zeros((2, CLASSES + 1), np.float32)):
+        with pytest.raises(InputError, match="logits: got"):
+            session.top(wrong)
+
+
+def test_one_path_is_one_file(digits_bundle: Bundles, tmp_path: Path) -> None:
+    Image.new("L", (8, 8), 90).save(tmp_path / "image.png")
+    (found,) = runtime.load(digits_bundle()).classify(str(tmp_path / "image.png"))
+    assert found.path == tmp_path / "image.png"
+    assert found.predictions is not None
+
+
 def test_a_session_that_is_dropped_ends_its_threads(digits_bundle: Bundles, images: np.ndarray) -> None:
     before = threading.active_count()
     session = runtime.load(digits_bundle())
@@ -424,7 +523,7 @@ def cuda_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         onnxruntime,
         "InferenceSession",
-        lambda model, options, providers: original(model, options, providers=["CPUExecutionProvider"]),
+        lambda model, options, providers, enable_fallback: original(model, options, providers=["CPUExecutionProvider"]),
     )
 
 
@@ -613,7 +712,7 @@ def modules_after(code: str) -> set[str]:
 
 @pytest.mark.parametrize("run", [False, True], ids=["import", "classify"])
 def test_runtime_imports_neither_torch_nor_onnx(digits_bundle: Bundles, run: bool) -> None:
-    code = "import rxdeploy.runtime, numpy"
+    code = "import rxdeploy, numpy\nrxdeploy.runtime.Batching"
     if run:
         code += (
             f"\nsession = rxdeploy.runtime.load({str(digits_bundle())!r})"

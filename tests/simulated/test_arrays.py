@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from standin.driver import check
 
 import rxdeploy
 from rxdeploy.errors import InputError
+from rxdeploy.runtime.arrays import device_view
 from rxdeploy.runtime.cuda import LEGACY_STREAM, DeviceArray, Gpu, capture
 from rxdeploy.runtime.lanes import Lane
 
@@ -69,7 +71,15 @@ def steady_garbage() -> Iterator[None]:
 
 
 @pytest.fixture
-def bundle(bundle_with_plan: Bundles) -> Path:
+def bundle(bundle_with_plan: Bundles, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """None of its batches is padded, whatever else this machine is doing while they are measured."""
+    real = Lane.time
+
+    def time(lane: Lane, profile: int, size: int) -> float:
+        real(lane, profile, size)
+        return float(size)
+
+    monkeypatch.setattr(Lane, "time", time)
     return bundle_with_plan(profiles=((1, 4, LARGEST),), us_per_image=100)
 
 
@@ -315,20 +325,22 @@ def test_version_2_of_the_interface(session: rxdeploy.Session, expected: Referen
     close_to(session.run(guest).numpy(), expected(images(4)))
 
 
+@pytest.mark.parametrize("which", [LEGACY_STREAM, 2, None], ids=["default stream", "thread's default", "own"])
 @pytest.mark.parametrize("streamed", [False, True], ids=["no stream", "stream"])
 def test_the_producers_stream_is_waited_for(
-    session: rxdeploy.Session, expected: Reference, gate: Callable, streamed: bool
+    session: rxdeploy.Session, expected: Reference, gate: Callable, streamed: bool, which: int | None
 ) -> None:
     """The array is filled by work that its producer has only enqueued."""
     gpu = session.gpu
-    producer, stream = gpu.stream(), gpu.stream() if streamed else None
+    own, stream = gpu.stream(), gpu.stream() if streamed else None
+    producer = which or own.handle
     source, array = on_device(gpu, images(4)), on_device(gpu, images(4, seed=9))
     session.prepare([4])
-    shut = gate(gpu, producer.handle)
+    shut = gate(gpu, producer)
     with gpu.current():
-        gpu.copy(array.pointer, source.pointer, array.nbytes, producer.handle)
+        gpu.copy(array.pointer, source.pointer, array.nbytes, producer)
     threading.Timer(0.05, shut.open).start()
-    result = session.run(Guest(array, stream=producer.handle), stream=stream)
+    result = session.run(Guest(array, stream=producer), stream=stream)
     close_to(result.numpy(), expected(images(4)))
 
 
@@ -353,14 +365,23 @@ def test_what_is_still_being_read_of_an_out_is_waited_for(
     assert (copy.numpy() == 5).all()
 
 
+def test_a_view_keeps_what_it_shows(session: rxdeploy.Session) -> None:
+    guest = Guest(on_device(session.gpu, images(1)))
+    gone = weakref.ref(guest)
+    with session.gpu.current():
+        view = device_view(guest, "images", LEGACY_STREAM, session.gpu)
+    del guest
+    assert gone() is not None
+    del view
+    assert gone() is None
+
+
 def test_a_result_is_an_input_again(bundle_with_plan: Bundles, session: rxdeploy.Session, dawdle: Callable) -> None:
     """On another stream, which has to wait for the one that fills it."""
     dawdle(2000)
     first, second = session.gpu.stream(), session.gpu.stream()
     result = session.run(on_device(session.gpu, images(4)), stream=first)
     copy = session.gpu.empty(result.shape, np.float32)
-    from rxdeploy.runtime.arrays import device_view
-
     with session.gpu.current():
         view = device_view(result, "images", second.handle, session.gpu)
         session.gpu.copy(copy.pointer, view.pointer, copy.nbytes, second.handle)
@@ -388,29 +409,58 @@ class _Tensor(ctypes.Structure):
     )
 
 
+_Deleter = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
 class _Managed(ctypes.Structure):
-    _fields_ = (("tensor", _Tensor), ("context", ctypes.c_void_p), ("deleter", ctypes.c_void_p))
+    _fields_ = (("tensor", _Tensor), ("context", ctypes.c_void_p), ("deleter", _Deleter))
+
+
+class _Versioned(ctypes.Structure):
+    _fields_ = (
+        ("version", ctypes.c_uint32 * 2),
+        ("context", ctypes.c_void_p),
+        ("deleter", _Deleter),
+        ("flags", ctypes.c_uint64),
+        ("tensor", _Tensor),
+    )
 
 
 class DlpackGuest:
-    """Someone else's array by DLPack alone, as dlpack.h lays it out; `asked` has the streams it was asked to serve."""
+    """Someone else's array by DLPack alone, as dlpack.h lays it out; `asked` has the streams it was asked to serve.
 
-    def __init__(self, array: DeviceArray, kind: int = 2, strides: tuple[int, ...] | None = None) -> None:
+    `readonly` is told by DLPack 1.0, without it this is an older one. `deleter` is called when the last who took it
+    is done with it.
+    """
+
+    def __init__(
+        self,
+        array: DeviceArray,
+        kind: int = 2,
+        strides: tuple[int, ...] | None = None,
+        readonly: bool | None = None,
+        deleter: Callable[[], None] = lambda: None,
+    ) -> None:
         self.array, self.kind, self.asked = array, kind, []
         number, code = array.gpu.ordinal, {"u": 1, "f": 2, "i": 0}[array.dtype.kind]
         dimensions = ctypes.c_int64 * len(array.shape)
         self.shape, self.strides = dimensions(*array.shape), strides and dimensions(*strides)
-        self.managed = _Managed(
-            _Tensor(
-                array.pointer,
-                _Device(kind, number),
-                len(array.shape),
-                _Type(code, 8 * array.dtype.itemsize, 1),
-                self.shape,
-                self.strides,
-                0,
-            )
+        tensor = _Tensor(
+            array.pointer,
+            _Device(kind, number),
+            len(array.shape),
+            _Type(code, 8 * array.dtype.itemsize, 1),
+            self.shape,
+            self.strides,
+            0,
         )
+        self.deleter = _Deleter(lambda _: deleter())
+        self.managed: _Managed | _Versioned
+        if readonly is None:
+            self.name, self.managed = b"dltensor", _Managed(tensor, None, self.deleter)
+        else:
+            version = (ctypes.c_uint32 * 2)(1, 0)
+            self.name, self.managed = b"dltensor_versioned", _Versioned(version, None, self.deleter, readonly, tensor)
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return self.kind, self.array.gpu.ordinal
@@ -419,7 +469,7 @@ class DlpackGuest:
         self.asked.append(stream)
         new = ctypes.pythonapi.PyCapsule_New
         new.restype, new.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
-        return new(ctypes.addressof(self.managed), b"dltensor", None)
+        return new(ctypes.addressof(self.managed), self.name, None)
 
 
 @pytest.mark.parametrize("kind", [2, 13], ids=["kDLCUDA", "kDLCUDAManaged"])
@@ -432,6 +482,40 @@ def test_dlpack_on_the_device(session: rxdeploy.Session, expected: Reference, ki
         session.gpu.synchronize(asked)
         assert guest.asked == target.asked == [asked]
         close_to(out.numpy(), expected(images(4)))
+
+
+def test_dlpack_of_version_1(session: rxdeploy.Session, expected: Reference) -> None:
+    array, out = on_device(session.gpu, images(4)), session.gpu.empty((4, CLASSES), np.float32)
+    session.run(DlpackGuest(array, readonly=True), out=DlpackGuest(out, readonly=False))
+    close_to(out.numpy(), expected(images(4)))
+
+
+def test_what_came_by_dlpack_is_held_until_the_work_is_done(
+    session: rxdeploy.Session, expected: Reference, dawdle: Callable, executions: Any
+) -> None:
+    """The deleter is how its library learns that the memory may be used for something else."""
+    dawdle(500)
+    done: list[int] = []
+    array = on_device(session.gpu, images(4))
+    session.prepare([4])
+    executions.clear()
+    guest = DlpackGuest(array, deleter=lambda: done.append(len(executions)))
+    close_to(session.run(guest).numpy(), expected(images(4)))
+    assert done == [1]
+
+
+class BothWays(DlpackGuest):
+    """As PyTorch's tensors: both interfaces, of which the other does not tell the stream (and may raise)."""
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        raise AssertionError("nobody asks")
+
+
+def test_dlpack_is_preferred(session: rxdeploy.Session, expected: Reference) -> None:
+    array, stream = BothWays(on_device(session.gpu, images(4))), session.gpu.stream()
+    close_to(session.run(array, stream=stream).numpy(), expected(images(4)))
+    assert array.asked == [stream.handle]
 
 
 def test_dlpack_that_is_not_contiguous(session: rxdeploy.Session) -> None:
@@ -654,6 +738,12 @@ def refused(session: rxdeploy.Session) -> dict[str, tuple[str, tuple, dict]]:
         "read-only": (Guest(out, data=(out.pointer, True)), "out: the array is read-only"),
         "big-endian": (Guest(out, typestr=">f4"), "out: "),
         "strided": (Guest(out, strides=(4, 16)), "out: the device array is not C-contiguous"),
+        "of odd strides": (Guest(out, strides=(4 * CLASSES + 2, 4)), "out: the device array is not C-contiguous"),
+        "on the other GPU by DLPack": (
+            DlpackGuest(other.empty((4, CLASSES), np.float32)),
+            "out: the array lies on GPU 1, the session runs on GPU 0",
+        ),
+        "read-only by DLPack": (DlpackGuest(out, readonly=True), "out: the array is read-only"),
     }
     host_outs = {
         "read-only here": (readonly, "out: the array is read-only"),
@@ -743,6 +833,14 @@ class NeedsGradient:
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
         raise RuntimeError("Can't get __cuda_array_interface__ on Variable that requires grad. Use var.detach()")
+
+
+def test_an_address_that_is_none(session: rxdeploy.Session, counters: Counters) -> None:
+    array = on_device(session.gpu, images(3))
+    before = counters("copies")
+    with pytest.raises(InputError, match="0x1000 is no address in the memory of a GPU"):
+        session.run(Guest(array, data=(0x1000, False)))
+    assert counters("copies") == before
 
 
 def test_an_array_that_refuses_says_why(session: rxdeploy.Session) -> None:
@@ -850,6 +948,9 @@ def test_empty_batches(session: rxdeploy.Session, counters: Counters) -> None:
     target = session.gpu.empty((0, CLASSES), np.float32)
     assert session.run(array, out=target) is target
     assert session.run(array).shape == (0, CLASSES)
+    nowhere = Guest(array, data=(0, False))  # what PyTorch and CuPy say of empty arrays
+    assert session.run(nowhere).shape == (0, CLASSES)
+    assert session.run(nowhere, out=target) is target
     assert counters("copies") == copies
 
 

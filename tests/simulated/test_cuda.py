@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import gc
 import threading
 from collections.abc import Callable, Iterator
@@ -13,7 +14,9 @@ import pytest
 from cuda.bindings import driver as cuda
 from standin.driver import check, set_option
 
+from rxdeploy.engines.gpu import find_driver
 from rxdeploy.errors import EnvironmentLacks, InputError
+from rxdeploy.runtime import cuda as runtime_cuda
 from rxdeploy.runtime.cuda import LEGACY_STREAM, DeviceArray, Event, Gpu, Stream, capture
 
 Counters = Callable[[str], int]
@@ -88,6 +91,16 @@ def gate() -> Iterator[Callable[[Gpu, int], Gate]]:
 def test_the_facts_are_the_drivers(gpu: Gpu) -> None:
     assert (gpu.ordinal, gpu.name, gpu.compute_capability, gpu.memory) == (0, "Simulated GPU", (8, 9), 8 << 30)
     assert Gpu(1).ordinal == 1
+
+
+def test_the_facts_are_those_of_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a machine with different GPUs; the simulated ones are all alike."""
+    first = find_driver().gpus[0]
+    second = dataclasses.replace(first, name="Another GPU", compute_capability=(7, 5), memory=1 << 30)
+    driver = dataclasses.replace(find_driver(), gpus=(first, second))
+    monkeypatch.setattr(runtime_cuda, "find_driver", lambda: driver)
+    found = Gpu(1)
+    assert (found.name, found.compute_capability, found.memory) == ("Another GPU", (7, 5), 1 << 30)
 
 
 @pytest.mark.parametrize("ordinal", [2, 100, -1])
@@ -310,8 +323,14 @@ def test_events_without_timing_tell_no_time(gpu: Gpu) -> None:
 
 
 def test_a_stream_of_ours_does_not_wait_for_the_default_stream(gpu: Gpu, gate: Callable) -> None:
+    stream, source, target = gpu.stream(), gpu.empty((3,), np.uint8), gpu.empty((3,), np.uint8)
+    theirs = gpu.event()
     shut = gate(gpu, LEGACY_STREAM)
-    gpu.stream().synchronize()
+    with gpu.current():
+        theirs.record(LEGACY_STREAM)
+        gpu.copy(target.pointer, source.pointer, 3, stream.handle)
+    stream.synchronize()
+    assert not theirs.done()
     shut.open()
     gpu.synchronize(LEGACY_STREAM)
 
@@ -361,6 +380,34 @@ def test_a_stream_that_is_being_captured(gpu: Gpu) -> None:
     stream = gpu.stream()
     with gpu.current(), capture(gpu, stream.handle), pytest.raises(InputError, match="captured into a CUDA graph"):
         gpu.check_stream(stream.handle)
+
+
+@pytest.mark.parametrize("said", ["INVALID_HANDLE", "INVALID_VALUE", "INVALID_CONTEXT", "CONTEXT_IS_DESTROYED"])
+def test_whatever_the_driver_says_of_what_is_no_stream_of_here(
+    gpu: Gpu, monkeypatch: pytest.MonkeyPatch, said: str
+) -> None:
+    """Real drivers differ in it, and by what the number once was."""
+    stream = gpu.stream()
+    status = getattr(cuda.CUresult, f"CUDA_ERROR_{said}")
+    monkeypatch.setattr(cuda, "cuStreamGetCtx", lambda _: (status, None))
+    with gpu.current(), pytest.raises(InputError, match="no stream of GPU 0's primary context"):
+        gpu.check_stream(stream.handle)
+
+
+def test_a_stream_whose_capture_something_broke(gpu: Gpu) -> None:
+    stream = gpu.stream()
+    with pytest.raises(EnvironmentLacks, match="INVALIDATED"), gpu.current(), capture(gpu, stream.handle):
+        cuda.cuStreamSynchronize(stream.handle)  # not allowed here
+        with pytest.raises(InputError, match="captured into a CUDA graph"):
+            gpu.check_stream(stream.handle)
+
+
+def test_the_default_stream_while_one_that_waits_for_it_is_captured(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver does not even tell; the simulated one does."""
+    status = cuda.CUresult.CUDA_ERROR_STREAM_CAPTURE_IMPLICIT
+    monkeypatch.setattr(cuda, "cuStreamIsCapturing", lambda _: (status, None))
+    with gpu.current(), pytest.raises(InputError, match="captured into a CUDA graph"):
+        gpu.check_stream(LEGACY_STREAM)
 
 
 # Graphs
@@ -413,6 +460,38 @@ def test_a_capture_that_the_driver_ends(gpu: Gpu, counters: Counters) -> None:
     stream.synchronize()
 
 
+def test_a_graph_that_cannot_be_made_leaves_nothing(
+    gpu: Gpu, counters: Counters, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = gpu.stream()
+    status = cuda.CUresult.CUDA_ERROR_OUT_OF_MEMORY
+    monkeypatch.setattr(cuda, "cuGraphInstantiate", lambda *_: (status, None))
+    with pytest.raises(EnvironmentLacks, match="not enough free memory"), gpu.current(), capture(gpu, stream.handle):
+        pass
+    assert counters("live_graphs") == 0
+
+
+def test_what_a_graph_could_not_repeat_is_refused(gpu: Gpu) -> None:
+    """An allocation would happen once, not at every launch."""
+    stream = gpu.stream()
+    with gpu.current(), pytest.raises(EnvironmentLacks, match="STREAM_CAPTURE"), capture(gpu, stream.handle):
+        gpu.allocate(100)
+
+
+def test_arrays_go_there_and_back_while_a_blocking_stream_is_captured(gpu: Gpu) -> None:
+    """Whose capture anything on the default stream would break."""
+    array = gpu.empty((3,), np.uint8)
+    with gpu.current():
+        blocking = int(check(cuda.cuStreamCreate(0)))
+        with capture(gpu, blocking) as graphs:
+            thread = threading.Thread(target=lambda: array.fill(np.arange(3, dtype=np.uint8)))
+            thread.start()
+            thread.join()
+        check(cuda.cuStreamDestroy(blocking))
+    assert len(graphs) == 1
+    assert array.numpy().tolist() == [0, 1, 2]
+
+
 def test_other_threads_may_allocate_and_copy_while_one_captures(gpu: Gpu) -> None:
     stream, failures = gpu.stream(), []
 
@@ -458,7 +537,8 @@ def break_device() -> None:
     dead.close()
     with gpu.current():
         gpu.copy(dead.pointer, dead.pointer, 100, owned[0].handle)
-    for call in (owned[0].synchronize, lambda: gpu.allocate(5), lambda: gpu.pinned(5), gpu.stream, owned[-1].numpy):
+    synchronize, done = owned[0].synchronize, owned[1].done
+    for call in (synchronize, done, lambda: gpu.allocate(5), lambda: gpu.pinned(5), gpu.stream, owned[-1].numpy):
         with pytest.raises(EnvironmentLacks, match="the GPU reports CUDA_ERROR_ILLEGAL_ADDRESS"):
             call()
     for each in owned[:-1]:
@@ -474,6 +554,12 @@ def test_an_illegal_address_is_said_and_everything_can_still_be_given_back(count
     assert [counters(name) for name in (*LIVE, "primary_retained")] == before
     with Gpu(1).current():  # a new context is whole again
         check(cuda.cuCtxSynchronize())
+
+
+def test_an_error_that_the_driver_has_no_name_for(gpu: Gpu) -> None:
+    """The bindings may be newer than the driver."""
+    with pytest.raises(EnvironmentLacks, match=r"the GPU reports error 909$"):
+        runtime_cuda._check((cuda.CUresult.CUDA_ERROR_TIMEOUT,))
 
 
 @pytest.mark.misuse

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from cuda.bindings import driver
 from standin.driver import set_option
 from standin.plan import make_plan
 
@@ -221,6 +224,74 @@ def test_an_altered_plan_is_not_even_tried(bundle_with_plan: Bundles, monkeypatc
             rxdeploy.load(folder, device)
 
 
+@pytest.mark.parametrize("flavour", ["tensorrt", "tensorrt_rtx"])
+def test_a_plan_may_carry_code_only_where_it_has_to(
+    bundle_with_plan: Bundles, monkeypatch: pytest.MonkeyPatch, flavour: str
+) -> None:
+    allowed, module = [], importlib.import_module(flavour)
+    real = module.Runtime.deserialize_cuda_engine
+
+    def deserialize(runtime: Any, plan: bytes) -> Any:
+        allowed.append(runtime.engine_host_code_allowed)
+        return real(runtime, plan)
+
+    monkeypatch.setattr(module.Runtime, "deserialize_cuda_engine", deserialize)
+    for compatible in (False, True):
+        rxdeploy.load(bundle_with_plan(flavour, profiles=PROFILES, version_compatible=compatible), "tensorrt").close()
+    assert allowed == [False, True]
+
+
+def altered(onnx_model: bytes, alter: Callable[[Any], None]) -> bytes:
+    """An ONNX model after `alter` had its graph."""
+    import onnx
+
+    loaded = onnx.load_from_string(onnx_model)
+    alter(loaded.graph)
+    return loaded.SerializeToString()
+
+
+def another_output(graph: Any) -> None:
+    """Before the logits."""
+    from onnx import TensorProto, helper
+
+    graph.node.append(helper.make_node("Identity", [graph.output[0].name], ["more"]))
+    graph.output.insert(0, helper.make_tensor_value_info("more", TensorProto.FLOAT, [None, CLASSES]))
+
+
+def half_logits(graph: Any) -> None:
+    from onnx import TensorProto, helper
+
+    (logits,) = graph.output
+    for node in graph.node:
+        node.output[:] = ["wide" if name == logits.name else name for name in node.output]
+    graph.node.append(helper.make_node("Cast", ["wide"], [logits.name], to=TensorProto.FLOAT16))
+    logits.type.tensor_type.elem_type = TensorProto.FLOAT16
+
+
+def test_more_tensors_than_two(bundle_with_plan: Bundles, make_card: Callable, model: Callable) -> None:
+    plan = make_plan(altered(model(make_card()), another_output), profiles=PROFILES)
+    text = why_not(bundle_with_plan(profiles=PROFILES, plan=plan))
+    assert "the plan's tensors are " in text and "the manifest says ('image', 'logits')" in text
+
+
+def test_tensors_of_another_type(bundle_with_plan: Bundles, make_card: Callable, model: Callable) -> None:
+    plan = make_plan(altered(model(make_card()), half_logits), profiles=PROFILES)
+    text = why_not(bundle_with_plan(profiles=PROFILES, plan=plan))
+    assert "the plan's logits is float16 (7,), the manifest says float32 (7,); build it again here" in text
+
+
+def test_what_is_refused_holds_no_memory_while_its_error_is_held(
+    bundle_with_plan: Bundles, make_card: Callable, model: Callable, counters: Counters
+) -> None:
+    """A caller may keep the error, for a log say, and with its traceback all that was being made."""
+    folder = bundle_with_plan(profiles=PROFILES, plan=make_plan(model(make_card(), "float32"), profiles=PROFILES))
+    before = counters("live_device_bytes")
+    with pytest.raises(EnvironmentLacks, match="the plan's tensors are") as failure:
+        rxdeploy.load(folder, "tensorrt")
+    assert counters("live_device_bytes") == before
+    del failure
+
+
 def test_tensors_of_other_names(bundle_with_plan: Bundles, make_card: Callable, model: Callable) -> None:
     plan = make_plan(model(make_card(), "float32"), profiles=PROFILES)
     text = why_not(bundle_with_plan(profiles=PROFILES, plan=plan))
@@ -288,7 +359,7 @@ def without_module(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], 
 def test_without_cuda_bindings(bundle_with_plan: Bundles, without_module: Callable) -> None:
     without_module("cuda.bindings")
     text = why_not(bundle_with_plan(profiles=PROFILES))
-    assert "the Python module cuda is not installed here; pip install 'rxdeploy[gpu]' adds it" in text
+    assert "the Python module cuda is not installed here; pip install cuda-bindings cuda-core adds it" in text
 
 
 class Dlpack:
@@ -308,15 +379,16 @@ def test_without_cuda_core_only_device_arrays_are_refused(
     with rxdeploy.load(folder, "tensorrt") as session:
         array = Dlpack()
         without_module("cuda.core")
-        with pytest.raises(EnvironmentLacks, match=r"pip install 'rxdeploy\[gpu\]'"):
+        with pytest.raises(EnvironmentLacks, match="pip install cuda-bindings cuda-core"):
             session.run(array)
         close_to(session.run(images(3)), run_onnx((folder / "model.onnx").read_bytes(), images(3)))
 
 
+@pytest.mark.parametrize("kind", ["ImportError", "OSError"])
 def test_a_tensorrt_that_does_not_load(
-    bundle_with_plan: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nothing_left: Callable
+    bundle_with_plan: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nothing_left: Callable, kind: str
 ) -> None:
-    (tmp_path / "tensorrt_rtx.py").write_text("raise ImportError('libnvinfer.so.11: cannot open shared object file')\n")
+    (tmp_path / "tensorrt_rtx.py").write_text(f"raise {kind}('libnvinfer.so.11: cannot open shared object file')\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "tensorrt_rtx", raising=False)
     text = why_not(bundle_with_plan(profiles=PROFILES))
@@ -409,6 +481,121 @@ def test_a_process_ends_well_with_sessions_open(bundle_with_plan: Bundles) -> No
     """Results on their way on a stream, requests in the queue, a generator half used; all is given back."""
     done = process(EXIT, bundle_with_plan(profiles=PROFILES), SIM_DELAY_US="300")
     assert (done.returncode, done.stdout, done.stderr) == (0, "[0, 0, 0, 0, 0, 0]\n", "")
+
+
+# How it executes
+
+
+@pytest.mark.parametrize("flavour", ["tensorrt", "tensorrt_rtx"])
+def test_no_batch_size_takes_more_device_memory(
+    bundle_with_plan: Bundles, run_onnx: Callable, counters: Counters, flavour: str
+) -> None:
+    """However many execution contexts there are: they share the lane's scratch memory."""
+    folder = bundle_with_plan(flavour, profiles=((1, 4, 8), (2, 2, 2)))
+    with rxdeploy.load(folder, "tensorrt") as session:
+        loaded = counters("live_device_bytes")
+        session.prepare(range(1, 9))
+        close_to(session.run(images(5)), run_onnx((folder / "model.onnx").read_bytes(), images(5)))
+        session.engine.layer_times(3, 1)
+        assert counters("live_device_bytes") == loaded
+
+
+def test_rtx_compiles_for_a_shape_when_it_first_meets_it(
+    bundle_with_plan: Bundles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the slower kernels that stand in meanwhile would be captured."""
+    import tensorrt_rtx
+
+    found, real = [], tensorrt_rtx.ICudaEngine.create_execution_context
+
+    def create(engine: Any, config: Any) -> Any:
+        found.append(config.dynamic_shapes_kernel_specialization_strategy)
+        return real(engine, config)
+
+    monkeypatch.setattr(tensorrt_rtx.ICudaEngine, "create_execution_context", create)
+    with rxdeploy.load(bundle_with_plan(profiles=PROFILES), "tensorrt") as session:
+        session.prepare([3])
+    assert set(found) == {tensorrt_rtx.DynamicShapesKernelSpecializationStrategy.EAGER}
+
+
+def test_no_context_and_no_profile_are_said(
+    bundle_with_plan: Bundles, run_onnx: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import tensorrt_rtx
+
+    def nothing(engine: Any, _: Any) -> None:
+        engine._log("ICudaEngine::createExecutionContext: Error Code 2: OutOfMemory (no reason)")
+
+    folder = bundle_with_plan(profiles=PROFILES)
+    with rxdeploy.load(folder, "tensorrt") as session:
+        with monkeypatch.context() as patch:
+            patch.setattr(tensorrt_rtx.ICudaEngine, "create_execution_context", nothing)
+            with pytest.raises(EnvironmentLacks, match=r"makes no execution context: .*OutOfMemory \(no reason\)"):
+                session.run(images(3))
+        with monkeypatch.context() as patch:
+            patch.setattr(tensorrt_rtx.IExecutionContext, "set_optimization_profile_async", lambda *_: False)
+            with pytest.raises(EnvironmentLacks, match="the plan does not take its profile 0"):
+                session.run(images(3))
+        for _ in range(3):
+            close_to(session.run(images(3)), run_onnx((folder / "model.onnx").read_bytes(), images(3)))
+
+
+@pytest.mark.parametrize(
+    "captured",
+    [
+        False,
+        True,
+    ],
+)
+def test_tensorrts_objects_go_while_their_cuda_context_is_current(
+    bundle_with_plan: Bundles, monkeypatch: pytest.MonkeyPatch, captured: bool
+) -> None:
+    """The stand-in frees its memory wherever it is destroyed; TensorRT wants its own context for that."""
+    import tensorrt_rtx
+
+    def current() -> int:
+        return int(driver.cuCtxGetCurrent()[1])
+
+    gone: list[tuple[str, bool]] = []
+    for name in ("ICudaEngine", "IExecutionContext", "Runtime"):
+        note = lambda self: gone.append((type(self).__name__, current() == own))  # noqa: E731
+        monkeypatch.setattr(getattr(tensorrt_rtx, name), "__del__", note, raising=False)
+    session = rxdeploy.load(bundle_with_plan(profiles=PROFILES), "tensorrt:1")
+    with session.gpu.current():
+        own = current()
+    if captured:
+        use(session)
+    else:
+        session.run(images(3))
+        session.engine.layer_times(3, 2)
+    assert set(gone) == {("RtxExecutionContext", True)}  # of `layer_times`
+    session.close()
+    assert gone[-2:] == [("RtxCudaEngine", True), ("RtxRuntime", True)]
+    assert len(gone) >= 4 and all(right for _, right in gone), gone
+
+
+def test_the_logger_lives_as_long_as_what_logs_to_it(
+    bundle_with_plan: Bundles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT's objects hold a bare pointer to it, the stand-in's a reference."""
+    import tensorrt_rtx
+
+    real = tensorrt_rtx.Runtime.__init__
+
+    def init(runtime: Any, logger: Any) -> None:
+        real(runtime, logger)
+        runtime.logger = weakref.proxy(logger)
+
+    def refuses(context: Any, *_: Any) -> bool:
+        return context._refuse("enqueueV3: Error Code 1: Myelin (no reason)")
+
+    monkeypatch.setattr(tensorrt_rtx.Runtime, "__init__", init)
+    monkeypatch.setattr(tensorrt_rtx.IExecutionContext, "execute_async_v3", refuses)
+    with (
+        rxdeploy.load(bundle_with_plan(profiles=PROFILES), "tensorrt") as session,
+        pytest.raises(EnvironmentLacks, match=r"Myelin \(no reason\)"),
+    ):
+        session.run(images(3))
 
 
 # What is left behind

@@ -72,8 +72,20 @@ def no_deadlock() -> Iterator[None]:
 
 
 @pytest.fixture
-def bundle(bundle_with_plan: Bundles) -> Path:
-    """Larger batches take longer, so that none is padded."""
+def larger_is_slower(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Larger batches are measured to take longer, whatever else this machine is doing: no more padding than must be."""
+    real = lanes.Lane.time
+
+    def time(lane: lanes.Lane, profile: int, size: int) -> float:
+        real(lane, profile, size)
+        return float(size)
+
+    monkeypatch.setattr(lanes.Lane, "time", time)
+
+
+@pytest.fixture
+def bundle(bundle_with_plan: Bundles, larger_is_slower: None) -> Path:
+    """None of its batches is padded."""
     return bundle_with_plan(profiles=((1, 4, LARGEST),), us_per_image=200)
 
 
@@ -156,7 +168,7 @@ def test_images_of_any_layout(session: rxdeploy.Session, expected: Reference) ->
     view = wide[::-2, :, :, ::2].transpose(0, 2, 3, 1)
     assert not view.flags.c_contiguous
     close_to(session.run(view), expected(np.ascontiguousarray(view)))
-    close_to(session.run(memoryview(images(2)) if False else images(2)[::-1]), expected(images(2)[::-1].copy()))
+    close_to(session.run(images(2)[::-1]), expected(images(2)[::-1].copy()))
 
 
 @pytest.mark.parametrize("count", [2, 11])
@@ -182,10 +194,15 @@ EXACT = ((4, 4, 4), (8, 8, 8))
 
 @pytest.mark.parametrize("count", [1, 3, 4, 5, 8, 9, 12, 13])
 def test_batches_smaller_than_every_profile_are_padded(
-    bundle_with_plan: Bundles, reference: Callable, dawdle: Callable, executions: Any, count: int
+    bundle_with_plan: Bundles,
+    reference: Callable,
+    dawdle: Callable,
+    executions: Any,
+    larger_is_slower: None,
+    count: int,
 ) -> None:
     dawdle(200)
-    folder = bundle_with_plan(profiles=EXACT, us_per_image=300)
+    folder = bundle_with_plan(profiles=EXACT)
     expected = reference(folder)
     with rxdeploy.load(folder) as session:
         assert session.engine.largest == 8
@@ -212,9 +229,15 @@ def test_batches_smaller_than_every_profile_are_padded(
     ],
 )
 def test_the_tightest_profile_runs_it(
-    bundle_with_plan: Bundles, reference: Callable, executions: Any, profiles: Any, count: int, profile: int
+    bundle_with_plan: Bundles,
+    reference: Callable,
+    executions: Any,
+    larger_is_slower: None,
+    profiles: Any,
+    count: int,
+    profile: int,
 ) -> None:
-    folder = bundle_with_plan(profiles=profiles, us_per_image=300)
+    folder = bundle_with_plan(profiles=profiles)
     with rxdeploy.load(folder) as session:
         session.run(images(count))
         executions.clear()
@@ -875,7 +898,7 @@ def test_metrics_count_every_way(session: rxdeploy.Session) -> None:
     stream.synchronize()
     list(session.map([images(1), images(5)]))
     seen = session.metrics.snapshot()
-    assert (seen.images, seen.runs.count, seen.errors) == (3 + 19 + 2 + 4 + 6, 5, 0)
+    assert (seen.images, seen.runs.count, seen.errors) == (3 + 19 + 2 + 4 + 6, 3, 0)  # nor what overlaps in map
 
 
 @pytest.fixture
@@ -1053,3 +1076,110 @@ def test_layer_times_beside_other_callers(session: rxdeploy.Session, expected: R
 def test_layer_times_of_too_many_images(session: rxdeploy.Session) -> None:
     with contextlib.suppress(InputError):
         session.engine.layer_times(LARGEST + 1, 1)
+
+
+# What a real GPU would punish
+
+
+def test_host_images_into_device_memory_are_complete_on_return(
+    session: rxdeploy.Session, expected: Reference, dawdle: Callable
+) -> None:
+    stream, out = session.gpu.stream(), session.gpu.empty((4, CLASSES), np.float32)
+    for seed in range(3):
+        dawdle(2000)
+        session.run(images(4, seed), out=out, stream=stream)
+        with session.gpu.current():
+            assert int(cuda.cuStreamQuery(stream.handle)[0]) == 0  # nothing is left to do there
+        dawdle(0)
+        close_to(out.numpy(), expected(images(4, seed)))
+
+
+def test_garbage_collected_in_a_capture_does_no_harm(
+    session: rxdeploy.Session, expected: Reference, counters: Counters, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is freed while a stream is captured breaks the capture; the collector may free at any time."""
+    real, was = lanes.Lane._execute, gc.isenabled()
+    gc.enable()
+
+    def execute(lane: Any, *arguments: Any) -> None:
+        real(lane, *arguments)
+        if gc.isenabled():
+            gc.collect()
+        elif not garbage:
+            garbage.append("was kept")
+
+    garbage: list[str] = []
+    monkeypatch.setattr(lanes.Lane, "_execute", execute)
+    try:
+        for seed in range(3):
+            launches = counters("graph_launches")
+            cycle: list[Any] = [session.gpu.empty((10,), np.float32)]
+            cycle.append(cycle)
+            del cycle
+            close_to(session.run(images(3, seed)), expected(images(3, seed)))
+    finally:
+        if not was:
+            gc.disable()
+    assert garbage == ["was kept"]
+    assert counters("graph_launches") - launches == 1
+
+
+def test_nothing_of_tensorrt_is_enqueued_on_a_default_stream(
+    session: rxdeploy.Session, expected: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There it would wait for the whole device (NvInferRuntime.h, enqueueV3)."""
+    import tensorrt_rtx
+
+    streams, real = [], tensorrt_rtx.IExecutionContext.execute_async_v3
+
+    def execute(context: Any, stream: int) -> bool:
+        streams.append(stream)
+        return real(context, stream)
+
+    monkeypatch.setattr(tensorrt_rtx.IExecutionContext, "execute_async_v3", execute)
+    out = session.gpu.empty((3, CLASSES), np.float32)
+    for stream in (0, 1, 2):
+        session.run(on_device(session.gpu, images(3)), out=out, stream=stream)
+        session.gpu.synchronize(stream)
+        close_to(out.numpy(), expected(images(3)))
+    assert streams
+    assert not {0, 1, 2} & set(streams)
+
+
+def test_a_result_is_copied_to_the_host_by_numpy(session: rxdeploy.Session, expected: Reference) -> None:
+    result = session.run(on_device(session.gpu, images(3)))
+    close_to(np.asarray(result), expected(images(3)))
+    assert np.asarray(result, np.float64).dtype == np.float64
+
+
+def test_contexts_share_what_was_compiled(session: rxdeploy.Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tensorrt_rtx
+
+    configs, real = set(), tensorrt_rtx.ICudaEngine.create_execution_context
+
+    def create(engine: Any, config: Any) -> Any:
+        configs.add(config)
+        return real(engine, config)
+
+    monkeypatch.setattr(tensorrt_rtx.ICudaEngine, "create_execution_context", create)
+    session.prepare([1, 4, 8])
+    (config,) = configs
+    assert config.get_runtime_cache() is not None
+
+
+def test_a_plan_without_weights_is_refused(bundle_with_plan: Bundles) -> None:
+    with pytest.raises(EnvironmentLacks, match="has no weights"):
+        rxdeploy.load(bundle_with_plan(claims={"strip_plan": True}), "tensorrt")
+
+
+def test_a_tensorrt_that_does_not_start_is_passed_over(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pybind's word for the null pointer that a driver older than TensorRT's CUDA gives."""
+    import tensorrt_rtx
+
+    def null(*_: Any) -> None:
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    monkeypatch.setattr(tensorrt_rtx, "Runtime", null)
+    with rxdeploy.load(bundle) as session:
+        assert session.device == "cpu"
+        assert "tensorrt_rtx does not start" in session.passed_over[0]

@@ -252,8 +252,25 @@ class IRuntimeConfig:
         return self._strategy
 
 
+class IRuntimeCache:
+    """What TensorRT-RTX has compiled; here nothing is."""
+
+
 class RtxRuntimeConfig(IRuntimeConfig):
     """With TensorRT-RTX's properties, which take nothing but their own enumerations."""
+
+    _cache: IRuntimeCache | None = None
+
+    def create_runtime_cache(self) -> IRuntimeCache:
+        return IRuntimeCache()
+
+    def set_runtime_cache(self, cache: IRuntimeCache) -> bool:
+        _instance(cache, IRuntimeCache, "set_runtime_cache()")
+        self._cache = cache
+        return True
+
+    def get_runtime_cache(self) -> IRuntimeCache | None:
+        return self._cache
 
     _cuda_graph = CudaGraphStrategy.DISABLED
     _specialization = DynamicShapesKernelSpecializationStrategy.LAZY
