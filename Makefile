@@ -28,6 +28,8 @@ bench: setup
 	$(BIN)/python benchmarks/build.py
 	$(BIN)/python benchmarks/export.py
 	$(BIN)/python benchmarks/limits.py
+	$(BIN)/python benchmarks/runtime.py
+	$(BIN)/python benchmarks/serving.py
 
 clean:
 	rm -rf $(VENV) demo build dist *.egg-info

@@ -45,4 +45,8 @@ cp ../rxdeploy/export/photos/cat.jpg .
 say "6. What is in the bundle; every file was just checked against its digest."
 "$rx" inspect gluon_resnext50_32x4d-fp16
 
+say "7. How fast it is here: the runtime's throughput and latency, against the card's FLOPs, against what was counted" \
+    "in the graph, and against what this machine can do."
+"$rx" bench gluon_resnext50_32x4d-fp16 --batch 1,8 --seconds 1
+
 say "The bundles are in demo/. Next: rxdeploy build gluon_resnext101_64x4d --fp16 (downloads 335 MB of weights)."

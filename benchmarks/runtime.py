@@ -48,8 +48,8 @@ def build(output: Path) -> Path:
 def overhead(session: rxdeploy.Session, batch: int, calls: int) -> dict[str, Any]:
     """The time of `session.run` over that of the very ONNX Runtime session it holds.
 
-    The two are called in turn, and the ratio is the median of the pairs' ratios: what else runs here changes from second
-    to second, and meets both of a pair.
+    The two are called in turn, and the ratio is the median of the pairs' ratios: what else runs here changes from
+    second to second, and meets both of a pair.
     """
     images = np.random.default_rng(0).integers(0, 256, (batch, 224, 224, 3), np.uint8)
     bare = session.engine._session
