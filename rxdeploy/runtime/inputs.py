@@ -50,6 +50,8 @@ class Inputs:
 
     def one(self, image: Any) -> NDArray:
         """One image on the host, without the batch, as the engine takes it."""
+        if type(image) is np.ndarray and image.shape == self._declared and image.dtype == self._dtype:
+            return image  # as it comes, most often
         if arrays.is_on_device(image, "image"):
             raise InputError("image: it lies on a GPU, and single images are gathered on the host; run takes it there")
         array = arrays.host_array(image, "image")

@@ -130,6 +130,10 @@ class PlanEngine:
             raise InputError(f"batch size {size}: it must be at least 1")
         return {min(size, self.largest), size % self.largest} - {0}
 
+    def for_requests(self) -> tuple[PlanEngine, int]:
+        """The engine for batches of single requests, and how many threads are to give it batches at once."""
+        return self, len(self._lanes)
+
     def choose(self, images: int, lane: Lane) -> tuple[int, int]:
         """The profile's index and the batch size to compute `images` images with.
 

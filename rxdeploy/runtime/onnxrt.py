@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -21,6 +22,8 @@ from rxdeploy.runtime.cuda import DeviceArray, Gpu
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _PROVIDERS = {"cpu": CPU, "cuda": CUDA}
 # Images that are computed at once; of more, the activations take memory and, on a CPU, time: they leave its caches.
+_SMALL = 200_000_000  # multiply-adds an image; the digits model has 6 million, ResNeXt-50 4 thousand million
+_MOST_WORKERS = 8
 _LARGEST = {"cpu": 64, "cuda": 256}
 
 # TF32 would round float32 convolutions to 10 bits of mantissa, which is no float32 any more.
@@ -33,10 +36,13 @@ def available_providers() -> list[str]:
     return [CPU] if CUDA not in here or find_driver().problem else [CPU, CUDA]
 
 
-def open_session(model: Path | bytes, provider: str = CPU, ordinal: int = 0, profile: Path | None = None) -> Any:
+def open_session(
+    model: Path | bytes, provider: str = CPU, ordinal: int = 0, profile: Path | None = None, threads: int = 0
+) -> Any:
     """An `onnxruntime.InferenceSession` on one provider.
 
-    `ordinal` is the GPU's number; with `profile`, ONNX Runtime writes its profile to a file beginning so.
+    `ordinal` is the GPU's number; `threads` compute a node together (0: one a core); with `profile`, ONNX Runtime
+    writes its profile to a file beginning so.
 
     EnvironmentLacks when the provider is not here: ONNX Runtime itself would fall back to the CPU without a
     word. CheckFailed when it cannot load the model.
@@ -50,6 +56,7 @@ def open_session(model: Path | bytes, provider: str = CPU, ordinal: int = 0, pro
         if hasattr(ort, "preload_dlls"):
             ort.preload_dlls()  # the CUDA libraries that came as Python packages
     options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
     options.log_severity_level = 4  # what it cannot do is an exception or seen below
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
@@ -82,14 +89,15 @@ def run_session(session: Any, names: list[str], feed: dict[str, NDArray]) -> lis
 class OnnxEngine:
     """A bundle's model on ONNX Runtime: `run` and `map` for arrays that were checked already. Thread-safe."""
 
-    def __init__(self, bundle: Bundle, device: Literal["cpu", "cuda"], ordinal: int = 0) -> None:
+    def __init__(self, bundle: Bundle, device: Literal["cpu", "cuda"], ordinal: int = 0, threads: int = 0) -> None:
         manifest = bundle.manifest
         self.device = device
         self.largest = _LARGEST[device]
         self.gpu = _gpu(ordinal) if device == "cuda" else None
         self._ordinal = ordinal
         self._input, self._classes = manifest.inputs[0].name, manifest.num_classes
-        self._session = open_session(bundle.file(bundles.MODEL), _PROVIDERS[device], ordinal)
+        self._bundle = bundle
+        self._session = open_session(bundle.file(bundles.MODEL), _PROVIDERS[device], ordinal, threads=threads)
         where = find_driver().gpus[ordinal].name if device == "cuda" else "CPU"
         self.description = f"ONNX Runtime {_onnxruntime().__version__} on {where}"
 
@@ -116,6 +124,18 @@ class OnnxEngine:
 
     def prepare(self, sizes: Iterable[int]) -> None:
         """ONNX Runtime has nothing to prepare."""
+
+    def for_requests(self) -> tuple[OnnxEngine, int]:
+        """The engine for batches of single requests, and how many threads are to give it batches at once.
+
+        On a CPU, the threads of ONNX Runtime wait for each other after every node, which for a small model takes longer
+        than the node: there, every core computes a batch of its own (benchmarks/serving.py).
+        """
+        small = self._bundle.manifest.counts.multiply_adds < _SMALL
+        cores = len(os.sched_getaffinity(0))
+        if self.device == "cpu" and small and cores > 1:
+            return OnnxEngine(self._bundle, "cpu", threads=1), min(cores, _MOST_WORKERS)
+        return self, 1
 
     def close(self) -> None:
         """Drop ONNX Runtime's session; calls that are running end first, as they hold it too."""

@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import sys
 import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -207,7 +206,8 @@ class Session:
     def classify(self, paths: Iterable[str | Path] | str | Path, k: int = 5) -> Iterator[Classified]:
         """The `k` most probable classes of each image file, in the order of `paths`; all classes when `k` is more.
 
-        Files are decoded and resized by a few threads ahead of the inference, and run in batches. A file that
+        Files are decoded and resized by a few threads, on a GPU while it computes, on a CPU in turns with the
+        inference, which needs the same cores; they are run in batches. A file that
         cannot be read gives a `Classified` with its error; any other error (see `run`) ends it. InputError when
         `k` is less than 1.
         """
@@ -336,6 +336,7 @@ class Session:
 
     def _classify(self, paths: Iterator[Path], k: int) -> Iterator[Classified]:
         size = min(self.engine.largest, _FILES_AT_ONCE[self.device])
+        turns = self.device == "cpu"
         groups: deque[list[tuple[Path, InputError | None]]] = deque()
 
         def batches() -> Iterator[NDArray]:
@@ -355,7 +356,7 @@ class Session:
                     return
                 yield np.stack(images)
 
-        with _Decoders(self.preprocess, paths, ahead=2 * size, modest=self.device == "cpu") as decoded:
+        with _Decoders(self.preprocess, paths, ahead=8 * size if turns else 2 * size, turns=turns) as decoded:
             for logits in self.map(batches()):
                 rows = iter(self.top(logits, k))
                 for path, error in groups.popleft():
@@ -380,10 +381,9 @@ class Session:
             with self._lock:
                 self._check_open()
                 if not self._batchers:
-                    workers = 2 if self.device == "tensorrt" else 1  # one copies while the other computes
-                    self._batchers.append(
-                        Batcher(self._compute, self._inputs.one, self._batching, self.metrics, workers)
-                    )
+                    engine, workers = self.engine.for_requests()
+                    compute = _Compute(self.bundle, engine, self.metrics)
+                    self._batchers.append(Batcher(compute, self._inputs.one, self._batching, self.metrics, workers))
         return self._batchers[0]
 
 
@@ -414,19 +414,18 @@ class _Compute:
 
 
 class _Decoders:
-    """Threads that read image files a little ahead of who iterates: (path, image or its error), in order.
+    """Threads that read image files ahead of who iterates: (path, image or its error), in order.
 
-    Where the inference needs the same cores, `modest` lets it go first: without, its threads wait for one another
-    while one of them is off its core, which costs more than the decoding itself.
+    Where inference and decoding need the same cores, they take `turns`: `ahead` files on all cores, then none until
+    those are used up. At the same time, the threads of the inference would wait for the one whose core was taken, and
+    every file cost twice.
     """
 
-    def __init__(self, read: Callable[[Path], NDArray], paths: Iterator[Path], ahead: int, modest: bool) -> None:
+    def __init__(self, read: Callable[[Path], NDArray], paths: Iterator[Path], ahead: int, turns: bool) -> None:
         self._read, self._paths = read, paths
-        self._pool = ThreadPoolExecutor(
-            min(_DECODERS, os.cpu_count() or 1), "rxdeploy-decode", _step_back if modest else None
-        )
+        self._pool = ThreadPoolExecutor(min(_DECODERS, os.cpu_count() or 1), "rxdeploy-decode")
         self._waiting: deque[tuple[Path, Future]] = deque()
-        self._ahead = ahead
+        self._ahead, self._turns = ahead, turns
 
     def __enter__(self) -> _Decoders:
         return self
@@ -438,24 +437,24 @@ class _Decoders:
         return self
 
     def __next__(self) -> tuple[Path, Any]:
-        while len(self._waiting) < self._ahead and (path := next(self._paths, None)) is not None:
-            self._waiting.append((path, self._pool.submit(self._outcome, path)))
+        if not self._turns or not self._waiting:
+            self._fill()
         if not self._waiting:
             raise StopIteration
         path, future = self._waiting.popleft()
         return path, future.result()
+
+    def _fill(self) -> None:
+        while len(self._waiting) < self._ahead and (path := next(self._paths, None)) is not None:
+            self._waiting.append((path, self._pool.submit(self._outcome, path)))
+        if self._turns:
+            wait(future for _, future in self._waiting)
 
     def _outcome(self, path: Path) -> NDArray | InputError:
         try:
             return self._read(path)
         except InputError as error:
             return error
-
-
-def _step_back() -> None:
-    """Lower the priority of the calling thread, where an operating system has such a thing."""
-    if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
 def parse_device(device: str) -> tuple[str, int]:

@@ -331,6 +331,35 @@ def test_a_closed_session_says_so(digits_bundle: Bundles, images: np.ndarray) ->
             call(images)
 
 
+@pytest.mark.parametrize(("multiply_adds", "cores"), [(10**7, 4), (10**9, 4), (10**7, 1)])
+def test_on_a_cpu_small_models_compute_requests_on_every_core_by_itself(
+    digits_bundle: Bundles, images: np.ndarray, monkeypatch: pytest.MonkeyPatch, multiply_adds: int, cores: int
+) -> None:
+    import msgspec
+    import onnxruntime
+
+    opened = bundles.open_bundle(digits_bundle("fp32"))
+    counts = bundles.Counts(parameters=1, multiply_adds=multiply_adds)
+    bundle = bundles.Bundle(opened.path, msgspec.structs.replace(opened.manifest, counts=counts))
+    monkeypatch.setattr(onnxrt.os, "sched_getaffinity", lambda _: set(range(cores)))
+    threads, real = [], onnxruntime.InferenceSession
+
+    def session(model: Any, options: Any, **more: Any) -> Any:
+        threads.append(options.intra_op_num_threads)
+        return real(model, options, **more)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    engine = onnxrt.OnnxEngine(bundle, "cpu")
+    one_by_one, at_once = engine.for_requests()
+    if multiply_adds < 10**8 and cores > 1:
+        assert (threads, at_once) == ([0, 1], cores)
+        np.testing.assert_allclose(
+            one_by_one.run(images, None, None), engine.run(images, None, None), rtol=1e-4, atol=1e-4
+        )
+    else:
+        assert (one_by_one, at_once, threads) == (engine, 1, [0])
+
+
 def test_a_callback_may_close_the_session(digits_bundle: Bundles, images: np.ndarray) -> None:
     """On the thread that computes: what waits is computed first, and nobody waits for ever."""
     session = runtime.load(digits_bundle(), batching=runtime.Batching(max_batch=1))

@@ -109,6 +109,9 @@ class Gate:
     def open(self) -> None:
         self._open.set()
 
+    def is_open(self) -> bool:
+        return self._open.is_set()
+
 
 @pytest.fixture
 def gate() -> Iterator[Callable[[Gpu, int], Gate]]:
@@ -684,36 +687,91 @@ def test_a_padded_call_waits_for_another_streams(
                 close_to(out.numpy(), run_onnx(model, images(3, seed)))
 
 
+@pytest.mark.parametrize("way", ["run", "run into the device", "map"])
 def test_a_host_call_waits_for_a_stream_that_uses_the_lane(
+    bundle_with_plan: Bundles, run_onnx: Callable, gate: Callable, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    monkeypatch.setattr(Lane, "busy", lambda *_: False)  # or the other lane would be taken
+    bundle = bundle_with_plan(profiles=((4, 4, 4),), us_per_batch=5000)
+    model = (bundle / "model.onnx").read_bytes()
+    with rxdeploy.load(bundle) as session:
+        gpu, stream = session.gpu, session.gpu.stream()
+        array, out, other = on_device(gpu, images(3, 1)), *(gpu.empty((3, CLASSES), np.float32) for _ in range(2))
+        session.prepare([3])
+        for _ in range(3):
+            shut = gate(gpu, stream.handle)
+            session.run(array, out=out, stream=stream)
+            threading.Timer(0.02, shut.open).start()
+            if way == "run":
+                close_to(session.run(images(3, 2)), run_onnx(model, images(3, 2)))
+            elif way == "map":
+                close_to(next(session.map([images(3, 2)])), run_onnx(model, images(3, 2)))
+            else:
+                close_to(session.run(images(3, 2), out=other).numpy(), run_onnx(model, images(3, 2)))
+            stream.synchronize()
+            close_to(out.numpy(), run_onnx(model, images(3, 1)))
+
+
+def test_host_images_are_complete_on_return_also_on_a_stream(
     session: rxdeploy.Session, expected: Reference, gate: Callable
 ) -> None:
-    """What was staged for the stream is still to be copied to the device when the next images come."""
     gpu, stream = session.gpu, session.gpu.stream()
     session.prepare([3])
-    for _ in range(3):
-        outs = [gpu.empty((3, CLASSES), np.float32) for _ in range(2)]
-        shut = gate(gpu, stream.handle)
-        session.run(images(3, 1), out=outs[0], stream=stream)
-        threading.Timer(0.03, shut.open).start()
-        session.run(images(3, 2), out=outs[1], stream=stream)
-        close_to(session.run(images(3, 3)), expected(images(3, 3)))
-        stream.synchronize()
-        for seed, out in enumerate(outs, 1):
-            close_to(out.numpy(), expected(images(3, seed)))
+    for which in (stream.handle, 0, 2):
+        out = on_device(gpu, np.full((3, CLASSES), np.nan, np.float32))
+        shut = gate(gpu, which or LEGACY_STREAM)
+        threading.Timer(0.02, shut.open).start()
+        session.run(images(3), out=out, stream=which)
+        assert shut.is_open()
+        close_to(out.numpy(), expected(images(3)))
 
 
-def test_close_waits_for_streams_of_others(bundle: Path, expected: Reference, gate: Callable) -> None:
+DEFAULT_THEN_OTHERS = "what a call on a default stream left running on the lane's own stream is not waited for"
+
+
+@pytest.mark.parametrize(
+    "which",
+    [None, *(pytest.param(n, marks=pytest.mark.xfail(strict=True, reason=DEFAULT_THEN_OTHERS)) for n in (1, 2))],
+)
+def test_close_waits_for_streams_of_others(
+    bundle: Path, expected: Reference, gate: Callable, which: int | None
+) -> None:
     session = rxdeploy.load(bundle)
-    gpu, stream = session.gpu, session.gpu.stream()
+    gpu, own = session.gpu, session.gpu.stream()
+    stream = which or own.handle
     array, out = on_device(gpu, images(3)), gpu.empty((3, CLASSES), np.float32)
     for _ in range(3):
         session.run(array, out=out, stream=stream)
-    stream.synchronize()
-    shut = gate(gpu, stream.handle)
+    gpu.synchronize(stream)
+    out.fill(np.full((3, CLASSES), np.nan, np.float32))
+    shut = gate(gpu, stream)
     session.run(array, out=out, stream=stream)
     threading.Timer(0.05, shut.open).start()
     session.close()
     close_to(out.numpy(), expected(images(3)))
+
+
+@pytest.mark.xfail(strict=True, reason=DEFAULT_THEN_OTHERS)
+@pytest.mark.parametrize("default", [0, 2])
+def test_a_call_on_a_stream_after_one_on_a_default_stream(
+    bundle_with_plan: Bundles, run_onnx: Callable, default: int
+) -> None:
+    """The lane's scratch memory is still in use."""
+    bundle = bundle_with_plan(profiles=((1, 8, 8),), us_per_batch=20_000)
+    model = (bundle / "model.onnx").read_bytes()
+    with rxdeploy.load(bundle) as session:
+        gpu, stream = session.gpu, session.gpu.stream()
+        arrays = [on_device(gpu, images(3, seed)) for seed in range(3)]
+        outs = [gpu.empty((3, CLASSES), np.float32) for _ in arrays]
+        session.prepare([3])
+        for _ in range(3):
+            session.run(arrays[0], out=outs[0], stream=default)
+            session.run(arrays[1], out=outs[1], stream=stream)
+            session.run(arrays[2], out=outs[2], stream=default)
+            for each in (default, stream.handle):
+                gpu.synchronize(each)
+            for seed, out in enumerate(outs):
+                close_to(out.numpy(), run_onnx(model, images(3, seed)))
 
 
 # What is refused

@@ -363,7 +363,7 @@ def test_map_classify_and_submit(session: rxdeploy.Session, expected: Callable, 
     assert session.prepare([3]) is None
 
 
-@pytest.mark.parametrize(("device", "at_once"), [("tensorrt", 2), ("cuda", 1), ("cpu", 1)])
+@pytest.mark.parametrize(("device", "at_once"), [("tensorrt", 2), ("cuda", 1)])
 def test_how_many_batches_of_requests_are_under_way(
     bundle: Path, monkeypatch: pytest.MonkeyPatch, device: str, at_once: int
 ) -> None:

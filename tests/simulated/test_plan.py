@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import faulthandler
 import gc
 import random
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cuda.bindings import driver as cuda
+from standin.driver import check
 from standin.kernel import Kernel
 from standin.plan import make_plan
 
@@ -28,6 +30,7 @@ SIZE, CLASSES, LARGEST = 48, 7, 8
 Bundles = Callable[..., Path]
 Counters = Callable[[str], int]
 Reference = Callable[[np.ndarray], np.ndarray]
+CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 LIVE = (
     "live_device_bytes",
     "live_pinned_bytes",
@@ -109,6 +112,34 @@ def expected(bundle: Path, reference: Callable) -> Reference:
 def session(bundle: Path) -> Iterator[rxdeploy.Session]:
     with rxdeploy.load(bundle, "tensorrt") as opened:
         yield opened
+
+
+class Gate:
+    """Something on a stream that is not done before `open`."""
+
+    def __init__(self, gpu: Gpu, stream: int) -> None:
+        self._open = threading.Event()
+        self._callback = CALLBACK(lambda _: self._open.wait(10))
+        address = ctypes.cast(self._callback, ctypes.c_void_p).value
+        with gpu.current():
+            check(cuda.cuLaunchHostFunc(stream, cuda.CUhostFn(address), 0))
+
+    def open(self) -> None:
+        self._open.set()
+
+
+@pytest.fixture
+def gate() -> Iterator[Callable[[Gpu, int], Gate]]:
+    """gate(gpu, stream); all are open in the end."""
+    gates: list[Gate] = []
+
+    def shut(gpu: Gpu, stream: int) -> Gate:
+        gates.append(Gate(gpu, stream))
+        return gates[-1]
+
+    yield shut
+    for each in gates:
+        each.open()
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -349,6 +380,27 @@ def test_a_size_seen_twice_is_one_launch(session: rxdeploy.Session, counters: Co
     assert counters("pageable_copies") == 0
 
 
+@pytest.mark.parametrize(
+    ("device_in", "device_out", "expected_copies"),
+    [(False, False, 2), (True, False, 1), (False, True, 1), (True, True, 0)],
+    ids=lambda value: str(value),
+)
+def test_nothing_is_copied_that_is_where_it_is_needed(
+    session: rxdeploy.Session, counters: Counters, device_in: bool, device_out: bool, expected_copies: int
+) -> None:
+    batch = on_device(session.gpu, images(5)) if device_in else images(5)
+    out = session.gpu.empty((5, CLASSES), np.float32) if device_out else np.empty((5, CLASSES), np.float32)
+    for _ in range(4):  # as it is, captured, replayed
+        copies = counters("copies")
+        session.run(batch, out=out)
+        assert counters("copies") - copies in (
+            expected_copies,
+            2 * expected_copies,
+        )  # those that are recorded count too
+    assert counters("copies") - copies == expected_copies
+    assert counters("pageable_copies") == 0
+
+
 def test_once_warm_nothing_is_allocated(session: rxdeploy.Session, counters: Counters) -> None:
     sizes = (1, 3, 8, 11)
     session.prepare([*sizes, 3])
@@ -402,18 +454,108 @@ def test_few_graphs_are_kept_and_the_oldest_goes(
     for out in outs:
         close_to(out.numpy(), expected(images(4)))
     assert counters("live_graphs") == 0
-    launches = counters("graph_launches")
-    session.run(array, out=outs[2], stream=stream)  # still there, and now the latest
-    assert counters("graph_launches") - launches == 1
-    for _ in range(3):
-        session.run(array, out=outs[0], stream=stream)  # pushes outs[3] out
-    launches = counters("graph_launches")
-    session.run(array, out=outs[2], stream=stream)
-    assert counters("graph_launches") - launches == 1
-    session.run(array, out=outs[3], stream=stream)
-    assert counters("graph_launches") - launches == 1
+
+    def launched(number: int) -> bool:
+        launches = counters("graph_launches")
+        session.run(array, out=outs[number], stream=stream)
+        return counters("graph_launches") > launches
+
+    assert launched(2) and launched(4)  # still there, and now later than outs[3]
+    assert not launched(0) and not launched(0) and launched(0)  # pushes that out
+    assert launched(2) and launched(4) and launched(0)
+    assert not launched(3)
     stream.synchronize()
     assert counters("live_graph_execs") - before == 3
+
+
+def test_a_graph_that_is_running_is_not_pushed_out(
+    bundle_with_plan: Bundles, reference: Callable, monkeypatch: pytest.MonkeyPatch, dawdle: Callable
+) -> None:
+    """By another part of the same batch, on the lane's own stream."""
+    monkeypatch.setattr(lanes, "_GRAPHS", 1)
+    dawdle(2000)
+    folder = bundle_with_plan(profiles=((1, 1, 2),), us_per_batch=3000)
+    with rxdeploy.load(folder) as session:
+        array, out = on_device(session.gpu, images(6)), session.gpu.empty((6, CLASSES), np.float32)
+        for _ in range(4):
+            session.run(array, out=out)
+            close_to(out.numpy(), reference(folder)(images(6)))
+
+
+def test_the_context_of_a_graph_is_used_for_nothing_else(
+    session: rxdeploy.Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another shape or address would make the graph invalid, says TensorRT; the stand-in would not mind."""
+    import tensorrt_rtx
+
+    captured: list[Any] = []
+    kind = tensorrt_rtx.IExecutionContext
+    for name in ("set_input_shape", "set_tensor_address", "execute_async_v3"):
+        real = getattr(kind, name)
+
+        def call(context: Any, *arguments: Any, name: str = name, real: Callable = real) -> bool:
+            assert not any(context is each for each in captured)
+            given = real(context, *arguments)
+            if name == "execute_async_v3" and int(check(cuda.cuStreamIsCapturing(arguments[0]))):
+                captured.append(context)
+            return given
+
+        monkeypatch.setattr(kind, name, call)
+    array = on_device(session.gpu, images(5))
+    for _ in range(4):
+        for size in (3, 5):
+            session.run(images(size))
+            session.run(array)
+    session.prepare([3, 4])
+    assert len(captured) >= 4
+
+
+@pytest.mark.parametrize("which", [0, 2, None])
+def test_the_callers_stream_is_not_captured(
+    session: rxdeploy.Session, counters: Counters, monkeypatch: pytest.MonkeyPatch, which: int | None
+) -> None:
+    """Other threads may be using it, and what they enqueue would become part of the graph."""
+    captured, real = [], lanes.capture
+    monkeypatch.setattr(lanes, "capture", lambda gpu, stream: (captured.append(stream), real(gpu, stream))[1])
+    own = session.gpu.stream()
+    array, out = on_device(session.gpu, images(4)), session.gpu.empty((4, CLASSES), np.float32)
+    for _ in range(3):
+        session.run(array, out=out, stream=own if which is None else which)
+        session.gpu.synchronize(which or (own.handle if which is None else 1))
+    assert counters("graph_launches") == 1
+    assert captured and set(captured) <= {lane.stream.handle for lane in session.engine._lanes}
+
+
+@pytest.mark.parametrize("on_device_too", [False, True])
+def test_what_tensorrt_cannot_capture_runs_without(
+    session: rxdeploy.Session,
+    expected: Reference,
+    counters: Counters,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    on_device_too: bool,
+) -> None:
+    """It is asked once for a size, of the stream that would be captured."""
+    import tensorrt_rtx
+
+    asked: list[int] = []
+    monkeypatch.setattr(
+        tensorrt_rtx.IExecutionContext, "is_stream_capturable", lambda _, stream: bool(asked.append(stream))
+    )
+    stream = session.gpu.stream()
+    array, out = on_device(session.gpu, images(4)), session.gpu.empty((4, CLASSES), np.float32)
+    for _ in range(8):
+        if on_device_too:
+            session.run(array, out=out, stream=stream)
+            stream.synchronize()
+            close_to(out.numpy(), expected(images(4)))
+        else:
+            close_to(session.run(images(4)), expected(images(4)))
+    assert counters("graph_launches") == 0 and not counters("live_graphs")
+    assert asked == [session.engine._lanes[0].stream.handle]
+    assert [record.getMessage() for record in caplog.records] == [
+        "batches of 4 run without a CUDA graph: the plan cannot be captured: it gave no reason"
+    ]
 
 
 def test_few_addresses_are_remembered(session: rxdeploy.Session, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -422,6 +564,12 @@ def test_few_addresses_are_remembered(session: rxdeploy.Session, monkeypatch: py
     for _ in range(20):
         session.run(array)  # the result lies elsewhere each time
     assert all(len(lane._seen) <= 5 and len(lane._graphs) <= 1 for lane in session.engine._lanes)
+    outs = [session.gpu.empty((2, CLASSES), np.float32) for _ in range(5)]
+    for out in outs:
+        session.run(array, out=out)  # these are the latest five
+    for out in outs:
+        session.run(array, out=out)
+    assert len(session.engine._lanes[0]._graphs) >= 5
 
 
 @pytest.mark.parametrize("sizes", [[5], range(1, 9), [8, 8, 1]])
@@ -941,7 +1089,9 @@ def test_logits_that_are_not_finite(not_finite: Path) -> None:
 # Errors of TensorRT and of the device
 
 
-@pytest.mark.parametrize("method", ["execute_async_v3", "set_input_shape", "set_tensor_address"])
+@pytest.mark.parametrize(
+    "method", ["execute_async_v3", "set_input_shape", "set_tensor_address image", "set_tensor_address logits"]
+)
 @pytest.mark.parametrize("when", ["first", "graph"])
 def test_what_tensorrt_refuses_is_said_and_the_next_call_is_right(
     session: rxdeploy.Session, expected: Reference, monkeypatch: pytest.MonkeyPatch, method: str, when: str
@@ -950,9 +1100,13 @@ def test_what_tensorrt_refuses_is_said_and_the_next_call_is_right(
 
     if when == "graph":
         session.run(images(3))
+    method, _, tensor = method.partition(" ")
+    real = getattr(tensorrt_rtx.IExecutionContext, method)
     with monkeypatch.context() as patch:
 
-        def refuses(context: Any, *_: Any) -> bool:
+        def refuses(context: Any, *arguments: Any) -> bool:
+            if tensor and arguments[0] != tensor:
+                return real(context, *arguments)
             context.engine._log(f"IExecutionContext::{method}: Error Code 1: Myelin (no reason)")
             return False
 
@@ -969,6 +1123,27 @@ def test_what_tensorrt_refuses_is_said_and_the_next_call_is_right(
     for seed in range(3):
         close_to(session.run(images(3, seed)), expected(images(3, seed)))
         close_to(session.run(images(20, seed)), expected(images(20, seed)))
+
+
+def test_what_was_enqueued_before_an_error_is_waited_for(
+    bundle_with_plan: Bundles, reference: Callable, gate: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The copy of the images was, to where the next call's images go."""
+    import tensorrt_rtx
+
+    folder = bundle_with_plan(profiles=((4, 4, 4),), us_per_batch=40_000)
+    monkeypatch.setattr(lanes.Lane, "busy", lambda *_: False)  # or the other lane would be taken
+    with rxdeploy.load(folder) as session:
+        session.prepare([3])
+        stream, array = session.gpu.stream(), on_device(session.gpu, images(3, 1))
+        out = session.gpu.empty((3, CLASSES), np.float32)
+        shut = gate(session.gpu, stream.handle)
+        with monkeypatch.context() as patch, pytest.raises(EnvironmentLacks):
+            patch.setattr(tensorrt_rtx.IExecutionContext, "execute_async_v3", lambda *_: False)
+            session.run(array, out=out, stream=stream)
+        threading.Timer(0.02, shut.open).start()
+        close_to(session.run(images(3, 2)), reference(folder)(images(3, 2)))
+        stream.synchronize()
 
 
 def test_metrics_count_errors_of_map(session: rxdeploy.Session, monkeypatch: pytest.MonkeyPatch) -> None:
