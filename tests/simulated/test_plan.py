@@ -383,22 +383,19 @@ def test_a_size_seen_twice_is_one_launch(session: rxdeploy.Session, counters: Co
 @pytest.mark.parametrize(
     ("device_in", "device_out", "expected_copies"),
     [(False, False, 2), (True, False, 1), (False, True, 1), (True, True, 0)],
-    ids=lambda value: str(value),
+    ids=str,
 )
 def test_nothing_is_copied_that_is_where_it_is_needed(
     session: rxdeploy.Session, counters: Counters, device_in: bool, device_out: bool, expected_copies: int
 ) -> None:
     batch = on_device(session.gpu, images(5)) if device_in else images(5)
     out = session.gpu.empty((5, CLASSES), np.float32) if device_out else np.empty((5, CLASSES), np.float32)
+    pageable = counters("pageable_copies")
     for _ in range(4):  # as it is, captured, replayed
         copies = counters("copies")
         session.run(batch, out=out)
-        assert counters("copies") - copies in (
-            expected_copies,
-            2 * expected_copies,
-        )  # those that are recorded count too
     assert counters("copies") - copies == expected_copies
-    assert counters("pageable_copies") == 0
+    assert counters("pageable_copies") == pageable
 
 
 def test_once_warm_nothing_is_allocated(session: rxdeploy.Session, counters: Counters) -> None:
