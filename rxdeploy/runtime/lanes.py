@@ -192,7 +192,7 @@ class PlanEngine:
                 end = min(begin + self.largest, shape[0])
                 source = lane.stage(images, begin, end, where, self.plan.input_bytes)
                 target = _address(made or out, begin, self.plan.output_bytes)
-                lane.enqueue(Call(end - begin, source, target), where)
+                lane.enqueue(Call(end - begin, source, target), where, waits=stream is None)
                 if isinstance(out, np.ndarray):
                     self.gpu.synchronize(where)
                     out[begin:end] = lane.host_out[: end - begin]
@@ -241,15 +241,17 @@ class Lane:
     def __init__(self, engine: PlanEngine, most: int) -> None:
         self._engine, self._plan, self._gpu = engine, engine.plan, engine.gpu
         plan, gpu = self._plan, self._gpu
-        self.stream = gpu.stream()
-        self._idle = gpu.event()  # what foreign streams still do with this lane's memory
-        self._lent: int | None = None  # the stream that does
         input_size, output_size = (_aligned(most * item) for item in (plan.input_bytes, plan.output_bytes))
-        self._device = gpu.allocate(input_size + output_size + plan.scratch)
+        with contextlib.ExitStack() as made:  # memory is short when one fails, and who holds the error holds the others
+            self.stream = made.enter_context(contextlib.closing(gpu.stream()))
+            self._idle = made.enter_context(contextlib.closing(gpu.event()))  # what was left running here
+            self._device = made.enter_context(contextlib.closing(gpu.allocate(input_size + output_size + plan.scratch)))
+            self._pinned = gpu.pinned(input_size + output_size)
+            made.pop_all()
+        self._lent: int | None = None  # the stream that does
         self._own_input = self._device.pointer
         self._own_output = self._own_input + input_size
         self._scratch = self._own_output + output_size
-        self._pinned = gpu.pinned(input_size + output_size)
         self.host_in = _view(self._pinned.array, 0, (most, *plan.input_shape), plan.input_dtype)
         self.host_out = _view(self._pinned.array, input_size, (most, *plan.output_shape), plan.output_dtype)
         self._pinned_in, self._pinned_out = self._pinned.pointer, self._pinned.pointer + input_size
@@ -283,15 +285,15 @@ class Lane:
         np.copyto(self.host_in[: end - begin], images[begin:end])
         return None
 
-    def enqueue(self, call: Call, stream: int) -> None:
-        """Enqueue `call` on any stream, after what other streams still do with this lane."""
+    def enqueue(self, call: Call, stream: int, waits: bool) -> None:
+        """Enqueue `call` on any stream, after what is still done with this lane; `waits`: the caller waits for it."""
         with self._gpu.current():
             if self._lent is not None:
                 self._idle.hold_back(stream)
             try:
                 self._enqueue(call, stream)
             finally:
-                if stream != self.stream.handle:
+                if not waits:
                     self._idle.record(stream)
                     self._lent = stream
 
@@ -301,11 +303,11 @@ class Lane:
             self.stream.synchronize()
 
     def busy(self, stream: int | None) -> bool:
-        """Whether another stream than that is still using this lane's memory."""
+        """Whether something that was left running on another stream than that still uses this lane's memory."""
         return self._lent not in (None, stream) and not self._idle.done()
 
     def _take_back(self) -> None:
-        """Wait until no other stream uses this lane's memory."""
+        """Wait until no stream uses this lane's memory."""
         if self._lent is not None:
             self._idle.synchronize()
             self._lent = None

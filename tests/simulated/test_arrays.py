@@ -726,13 +726,7 @@ def test_host_images_are_complete_on_return_also_on_a_stream(
         close_to(out.numpy(), expected(images(3)))
 
 
-DEFAULT_THEN_OTHERS = "what a call on a default stream left running on the lane's own stream is not waited for"
-
-
-@pytest.mark.parametrize(
-    "which",
-    [None, *(pytest.param(n, marks=pytest.mark.xfail(strict=True, reason=DEFAULT_THEN_OTHERS)) for n in (1, 2))],
-)
+@pytest.mark.parametrize("which", [None, 1, 2])
 def test_close_waits_for_streams_of_others(
     bundle: Path, expected: Reference, gate: Callable, which: int | None
 ) -> None:
@@ -751,7 +745,6 @@ def test_close_waits_for_streams_of_others(
     close_to(out.numpy(), expected(images(3)))
 
 
-@pytest.mark.xfail(strict=True, reason=DEFAULT_THEN_OTHERS)
 @pytest.mark.parametrize("default", [0, 2])
 def test_a_call_on_a_stream_after_one_on_a_default_stream(
     bundle_with_plan: Bundles, run_onnx: Callable, default: int

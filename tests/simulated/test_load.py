@@ -702,3 +702,24 @@ def test_a_load_that_fails_half_way_leaves_nothing(
         assert session.device == "cpu"
         assert session.passed_over[0] == "tensorrt: the GPU has not enough free memory"
     nothing_left()
+
+
+@pytest.mark.parametrize("method", ["stream", "event", "allocate", "pinned"])
+def test_a_load_that_fails_holds_no_memory_while_its_error_is_held(
+    bundle_with_plan: Bundles, counters: Counters, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """At a part of the second lane, when the first was made; memory is short then, and the error may be kept."""
+    real, calls = getattr(Gpu, method), []
+
+    def fails(self: Gpu, *arguments: Any, **options: Any) -> Any:
+        calls.append(method)
+        if len(calls) == 2:
+            raise EnvironmentLacks("the GPU has not enough free memory")
+        return real(self, *arguments, **options)
+
+    monkeypatch.setattr(Gpu, method, fails)
+    before = counters("live_device_bytes"), counters("live_pinned_bytes")
+    with pytest.raises(EnvironmentLacks, match="the GPU has not enough free memory") as failure:
+        rxdeploy.load(bundle_with_plan(profiles=PROFILES), "tensorrt")
+    assert (counters("live_device_bytes"), counters("live_pinned_bytes")) == before
+    del failure

@@ -24,6 +24,7 @@ from standin.plan import make_plan
 import rxdeploy
 from rxdeploy.errors import CheckFailed, EnvironmentLacks, InputError
 from rxdeploy.runtime import Batching, Closed, lanes
+from rxdeploy.runtime.arrays import device_view
 from rxdeploy.runtime.cuda import DeviceArray, Gpu
 
 SIZE, CLASSES, LARGEST = 48, 7, 8
@@ -126,6 +127,9 @@ class Gate:
 
     def open(self) -> None:
         self._open.set()
+
+    def is_open(self) -> bool:
+        return self._open.is_set()
 
 
 @pytest.fixture
@@ -674,6 +678,133 @@ def test_garbage_that_is_collected_during_a_capture_is_no_error(
         close_to(session.run(images(3, seed)), expected(images(3, seed)))
 
 
+# Lanes
+
+
+def test_each_batch_size_runs_in_its_own_profile(
+    bundle_with_plan: Bundles, reference: Callable, executions: Any, larger_is_slower: None
+) -> None:
+    folder = bundle_with_plan(profiles=((1, 1, 1), (2, 8, 8)))
+    with rxdeploy.load(folder) as session:
+        for number, size in enumerate((1, 5, 1, 5, 1, 5, 5)):
+            executions.clear()
+            close_to(session.run(images(size)), reference(folder)(images(size)))
+            if number > 1:  # when a size is first met, others are measured too
+                assert {each.profile for each in executions} == {int(size > 1)}
+
+
+@pytest.mark.parametrize("way", ["host", "device", "stream"])
+def test_a_lane_that_a_stream_still_uses_is_left_to_it(
+    session: rxdeploy.Session, expected: Reference, gate: Callable, way: str
+) -> None:
+    """Nobody waits while the other lane is free."""
+    gpu, first, second = session.gpu, session.gpu.stream(), session.gpu.stream()
+    array, outs = on_device(gpu, images(3)), [gpu.empty((3, CLASSES), np.float32) for _ in range(2)]
+    session.prepare([3])
+    shut = gate(gpu, first.handle)
+    session.run(array, out=outs[0], stream=first)
+    threading.Timer(2, shut.open).start()
+    if way == "host":
+        close_to(session.run(images(3)), expected(images(3)))
+    elif way == "device":
+        close_to(session.run(array, out=outs[1]).numpy(), expected(images(3)))
+    else:
+        session.run(array, out=outs[1], stream=second)
+        second.synchronize()
+        close_to(outs[1].numpy(), expected(images(3)))
+    assert not shut.is_open()
+    shut.open()
+    first.synchronize()
+    close_to(outs[0].numpy(), expected(images(3)))
+
+
+def test_a_stream_goes_on_with_the_lane_that_it_has(session: rxdeploy.Session, gate: Callable, executions: Any) -> None:
+    """There its graphs are, and the other lane stays free for others."""
+    gpu, stream = session.gpu, session.gpu.stream()
+    array, out = on_device(gpu, images(3)), gpu.empty((3, CLASSES), np.float32)
+    for _ in range(2):
+        session.run(array, out=out, stream=stream)  # one lane knows it, and captured it
+        stream.synchronize()
+    shut = gate(gpu, stream.handle)
+    for _ in range(3):
+        session.run(array, out=out, stream=stream)
+    shut.open()
+    stream.synchronize()
+    assert [each.captured for each in executions][-3:] == [True] * 3
+    session.run(images(5))
+    session.run(images(5))
+    session.run(array, out=out, stream=stream)
+    stream.synchronize()  # and when it is done with the lane, that is the first again
+    executions.clear()
+    session.run(images(5))
+    assert [each.captured for each in executions] == [True]
+
+
+def test_layer_times_wait_for_a_stream_that_uses_the_lane(
+    bundle_with_plan: Bundles, reference: Callable, gate: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lanes.Lane, "busy", lambda *_: False)  # or the other lane would be taken
+    folder = bundle_with_plan(profiles=((4, 4, 4),), us_per_batch=20_000)
+    with rxdeploy.load(folder) as session:
+        session.prepare([3])
+        gpu, stream = session.gpu, session.gpu.stream()
+        array, out = on_device(gpu, images(3)), gpu.empty((3, CLASSES), np.float32)
+        shut = gate(gpu, stream.handle)
+        session.run(array, out=out, stream=stream)
+        threading.Timer(0.02, shut.open).start()
+        session.engine.layer_times(3, 2)
+        assert shut.is_open()
+        stream.synchronize()
+        close_to(out.numpy(), reference(folder)(images(3)))
+
+
+def test_a_size_is_measured_after_what_a_stream_does_with_the_lane(
+    bundle_with_plan: Bundles, reference: Callable, gate: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lanes.Lane, "busy", lambda *_: False)
+    folder = bundle_with_plan(profiles=((1, 4, 8),), us_per_batch=10_000)
+    with rxdeploy.load(folder) as session:
+        session.prepare([8])
+        gpu, first, second = session.gpu, session.gpu.stream(), session.gpu.stream()
+        array, out = on_device(gpu, images(8)), gpu.empty((8, CLASSES), np.float32)
+        shut = gate(gpu, first.handle)
+        session.run(array, out=out, stream=first)
+        threading.Timer(0.02, shut.open).start()
+        result = session.run(on_device(gpu, images(3)), stream=second)  # is it worth padding?
+        second.synchronize()
+        close_to(result.numpy(), reference(folder)(images(3)))
+        first.synchronize()
+        close_to(out.numpy(), reference(folder)(images(8)))
+
+
+def test_a_profile_is_set_before_its_context_runs(
+    session: rxdeploy.Session, expected: Reference, gate: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT does that on a stream, and whoever runs on another one has to wait for it."""
+    import tensorrt_rtx
+
+    setting: dict[int, Gate] = {}
+    kind = tensorrt_rtx.IExecutionContext
+    real_set, real_execute = kind.set_optimization_profile_async, kind.execute_async_v3
+
+    def set_profile(context: Any, profile: int, stream: int) -> bool:
+        setting[id(context)] = gate(session.gpu, stream)
+        threading.Timer(0.01, setting[id(context)].open).start()
+        return real_set(context, profile, stream)
+
+    def execute(context: Any, stream: int) -> bool:
+        assert setting[id(context)].is_open()
+        return real_execute(context, stream)
+
+    monkeypatch.setattr(kind, "set_optimization_profile_async", set_profile)
+    monkeypatch.setattr(kind, "execute_async_v3", execute)
+    stream, array = session.gpu.stream(), on_device(session.gpu, images(3))
+    for _ in range(3):
+        close_to(session.run(array, stream=stream).numpy(), expected(images(3)))
+        close_to(session.run(images(3)), expected(images(3)))
+    assert setting
+
+
 # Streams of batches
 
 
@@ -977,6 +1108,24 @@ def test_after_close_everything_says_so(bundle: Path) -> None:
     session.close()
 
 
+def test_a_call_that_comes_into_the_engine_after_close(bundle: Path) -> None:
+    """One that had found the session open."""
+    session = rxdeploy.load(bundle, "tensorrt")
+    array = device_view(on_device(session.gpu, images(2)), "images", 1, session.gpu)
+    engine = session.engine
+    session.close()
+    for call in (
+        lambda: engine.run(images(2), None, None),
+        lambda: engine.run(images(20), None, None),
+        lambda: engine.run(array, None, None),
+        lambda: list(engine.map([images(2)])),
+        lambda: engine.prepare([2]),
+        lambda: engine.layer_times(2, 1),
+    ):
+        with pytest.raises(Closed, match="the session is closed"):
+            call()
+
+
 def test_map_of_nothing_after_close(bundle: Path) -> None:
     session = rxdeploy.load(bundle, "tensorrt")
     session.close()
@@ -1141,6 +1290,28 @@ def test_what_was_enqueued_before_an_error_is_waited_for(
         threading.Timer(0.02, shut.open).start()
         close_to(session.run(images(3, 2)), reference(folder)(images(3, 2)))
         stream.synchronize()
+
+
+@pytest.mark.parametrize("way", ["run", "run in parts", "device"])
+def test_what_a_lane_enqueued_before_an_error_is_waited_for(
+    session: rxdeploy.Session, expected: Reference, gate: Callable, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """On its own stream: whoever gets the lane next may be on another."""
+    import tensorrt_rtx
+
+    session.prepare([3])
+    shut = gate(session.gpu, session.engine._lanes[0].stream.handle)
+    threading.Timer(0.05, shut.open).start()
+    out = session.gpu.empty((4, CLASSES), np.float32)
+    with monkeypatch.context() as patch:
+        patch.setattr(tensorrt_rtx.IExecutionContext, "execute_async_v3", lambda *_: False)
+        with pytest.raises(EnvironmentLacks):
+            if way == "device":
+                session.run(images(4), out=out)
+            else:
+                session.run(images(4 if way == "run" else 9))
+    assert shut.is_open()
+    close_to(session.run(images(4)), expected(images(4)))
 
 
 def test_metrics_count_errors_of_map(session: rxdeploy.Session, monkeypatch: pytest.MonkeyPatch) -> None:
