@@ -103,17 +103,20 @@ device_option = click.option(
     help="tensorrt: the plan; cuda, cpu: ONNX Runtime; auto: the first that works. Another GPU: tensorrt:1.",
 )
 
+_weights_option = click.option(
+    "--weights",
+    metavar="PATH|synthetic[:SEED]",
+    help="A .pth or .safetensors file, or made-up weights; by default the card's own, downloaded.",
+)
+
 model_options = _options(
     click.argument("model"),
     click.option("--fp32", "precision", flag_value="fp32", help="Keep the model in float32."),
     click.option(
         "--fp16", "precision", flag_value="fp16", default=True, help="Convert the model to float16 (default)."
     ),
-    click.option(
-        "--weights",
-        metavar="PATH|synthetic[:SEED]",
-        help="A .pth or .safetensors file, or made-up weights; by default the card's own, downloaded.",
-    ),
+    click.option("--int8", "precision", flag_value="int8", help="Quantise the convolutions; needs images."),
+    _weights_option,
     click.option(
         "--input",
         "input_kind",
@@ -123,6 +126,62 @@ model_options = _options(
         help="uint8 NHWC RGB with normalisation in the graph, or normalised float32 NCHW.",
     ),
     click.option("--force", is_flag=True, help="Compute every stage again instead of reusing the cache."),
+)
+
+calibration_options = _options(
+    click.option(
+        "--calibration-data",
+        type=click.Path(path_type=Path),
+        metavar="DIR|TAR|NPZ",
+        help="int8: images like those the model will see; class folders, ImageNet's layouts, or just images.",
+    ),
+    click.option(
+        "--calibration-labels",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="The images' classes, where folders do not say them; only --max-drop needs any.",
+    ),
+    click.option(
+        "--calibration-images",
+        type=click.IntRange(1),
+        default=512,
+        show_default=True,
+        help="How many, drawn evenly from the classes.",
+    ),
+    click.option(
+        "--calibration-list",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="The names of those to use, one a line, instead.",
+    ),
+    click.option("--seed", "calibration_seed", type=int, default=0, show_default=True, help="Of the draw."),
+    click.option(
+        "--calibration",
+        "calibration_file",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="A calibration.json of this model, instead of images.",
+    ),
+    click.option(
+        "--method",
+        type=click.Choice(["auto", "minmax", "percentile", "entropy", "mse"]),
+        default="auto",
+        show_default=True,
+        help="How ranges are found; auto takes what leaves the smallest error on images held out.",
+    ),
+    click.option("--keep", multiple=True, metavar="LAYER", help="A layer to leave in float16. May be repeated."),
+    click.option("--min-sqnr", type=float, metavar="DB", help="Leave as many layers in float16 as that needs."),
+    click.option(
+        "--max-drop", type=float, metavar="POINTS", help="The same for top-1 accuracy, on labelled --calibration-data."
+    ),
+)
+
+placement_option = click.option(
+    "--placement",
+    type=click.Choice(["tensorrt", "onnxruntime"]),
+    default="tensorrt",
+    show_default=True,
+    help="int8: for which engine Q/DQ nodes are placed.",
 )
 
 engine_options = _options(
@@ -216,6 +275,7 @@ def doctor(as_json: bool) -> None:
 
 @cli.command()
 @model_options
+@calibration_options
 @engine_options
 @click.option("--labels", type=click.Path(path_type=Path), help="Class names, one a line, to put into the bundle.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The bundle. [default: <model>-<precision>]")
@@ -251,6 +311,8 @@ def build(as_json: bool, output: Path | None, overwrite: bool, force: bool, **ch
 
 @cli.command()
 @model_options
+@calibration_options
+@placement_option
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="[default: <model>-<precision>.onnx]")
 @click.option("--overwrite", is_flag=True, help="Replace an existing file.")
 @json_option
@@ -276,6 +338,8 @@ def export(as_json: bool, output: Path | None, overwrite: bool, force: bool, **c
 
 @cli.command()
 @model_options
+@calibration_options
+@placement_option
 @click.option(
     "--batch", multiple=True, metavar="MIN,OPT,MAX|N", help="Validate for these batch sizes. [default: 1,8,32]"
 )
@@ -310,6 +374,70 @@ def validate(as_json: bool, onnx: Path | None, layers: bool, force: bool, **choi
         _print(validation_table(facts))
     if failure:
         raise CheckFailed(failure)
+
+
+@cli.command()
+@click.argument("model")
+@_weights_option
+@calibration_options
+@placement_option
+@click.option("--force", is_flag=True, help="Compute every stage again instead of reusing the cache.")
+@click.option("--sensitivity", is_flag=True, help="Show what each layer pays for its eight bits.")
+@click.option(
+    "--plot",
+    "plot_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Draw the sensitivity to a .png or .svg.",
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="[default: <model>-calibration.json]")
+@click.option("--overwrite", is_flag=True, help="Replace an existing file.")
+@json_option
+def calibrate(
+    as_json: bool,
+    output: Path | None,
+    overwrite: bool,
+    force: bool,
+    sensitivity: bool,
+    plot_file: Path | None,
+    **choices: Any,
+) -> None:
+    """Find the ranges that MODEL's eight bits are to span, and write them to a calibration.json."""
+    import json
+    import shutil
+
+    from rxdeploy.atomic import new_file
+    from rxdeploy.cache import open_cache
+    from rxdeploy.calibration import report
+    from rxdeploy.engines.bundle import CALIBRATION
+    from rxdeploy.pipeline import Pipeline
+    from rxdeploy.terminal import TerminalReporter, stage_facts
+
+    request = _request(precision="int8", input_kind="uint8", **choices)
+    output = output or Path(f"{request.card.name}-calibration.json")
+    _refuse_existing(output, overwrite)
+    if plot_file:
+        from rxdeploy.bench.plot import check_plot
+
+        check_plot(plot_file)
+    with open_cache(force) as cache, TerminalReporter() as reporter:
+        pipeline = Pipeline(request, cache, reporter)
+        entry = pipeline.calibrate()
+        layers = pipeline.sensitivity() if sensitivity or plot_file else []
+        with new_file(output) as temporary:
+            shutil.copyfile(entry.folder / CALIBRATION, temporary)
+    record = json.loads(output.read_text(encoding="utf-8"))
+    if plot_file:
+        report.plot_sensitivity(layers, f"{request.card.name}, {entry.facts['scheme']}", plot_file)
+    _warn_synthetic(pipeline.source.origin.kind, pipeline.source.origin.source)
+    if as_json:
+        found = {"layers": [layer.as_facts() for layer in layers]} if layers else {}
+        stages = [stage_facts(stage) for stage in pipeline.stages]
+        return _print_json({"calibration": str(output), "stages": stages, **entry.facts, **found})
+    _print(report.trials_table(record, entry.facts["scheme"]))
+    if layers:
+        _print(report.sensitivity_table(layers))
+    click.echo(output)
 
 
 @cli.command()
@@ -418,19 +546,87 @@ def bench(
 
 @cli.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--data", required=True, type=click.Path(path_type=Path), help="Labelled images: a folder, a tar or an .npz."
+)
+@click.option("--labels", type=click.Path(path_type=Path), help="The images' classes, where folders do not say them.")
+@device_option
+@click.option("--batch", type=click.IntRange(1, 4096), metavar="N", help="Images to run at once. [default: 8 or 32]")
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="Only N images, of every class its share.")
+@click.option(
+    "--baseline", type=click.Path(path_type=Path), metavar="BUNDLE|JSON", help="What to compare with, image by image."
+)
+@click.option(
+    "--max-drop",
+    type=float,
+    metavar="POINTS",
+    help="Exit code 1 when top-1 is more than this below the baseline's, with 95% confidence.",
+)
+@click.option(
+    "--predictions",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write each image's classes there (JSON lines); after an interruption, go on from there.",
+)
+@click.option(
+    "--save-baseline",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Store the result as a baseline to commit (JSON).",
+)
 @json_option
-def inspect(bundle: Path, as_json: bool) -> None:
+def evaluate(bundle: Path, save_baseline: Path | None, as_json: bool, **choices: Any) -> None:
+    """Measure a bundle's accuracy, and whether it dropped against a baseline's."""
+    from rxdeploy.evaluation import assess, facts, report, write_baseline
+    from rxdeploy.evaluation.baseline import from_evaluation
+    from rxdeploy.evaluation.progress import EvaluationProgress
+
+    if save_baseline:
+        _refuse_existing(save_baseline, overwrite=True)
+    with EvaluationProgress() as progress:
+        found = assess(bundle, progress=progress, **choices)
+    weights, verdict = found.evaluation.bundle.manifest.weights, found.verdict
+    if save_baseline:
+        write_baseline(from_evaluation(found.evaluation), save_baseline)
+    _warn_synthetic(weights.kind, weights.source)
+    for note in found.evaluation.dataset.notes:
+        click.echo(note, err=True)
+    if as_json:
+        _print_json(facts.as_facts(found))
+    else:
+        click.echo(report.headline(found))
+        for table in report.tables(found):
+            _print(table)
+    if verdict and verdict.outcome == "fail":
+        raise CheckFailed(verdict.text)
+    if verdict and verdict.outcome != "pass":
+        click.echo(f"WARNING: {verdict.text}", err=True)
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--layers", is_flag=True, help="The precision that each layer computes in.")
+@json_option
+def inspect(bundle: Path, layers: bool, as_json: bool) -> None:
     """Check a bundle's digests and show what is in it."""
     import json
 
-    from rxdeploy.engines.bundle import manifest_json, open_bundle
+    from rxdeploy.engines.bundle import MODEL, manifest_json, open_bundle
 
     opened = open_bundle(bundle)
+    found = []
+    if layers:
+        from rxdeploy.export.precisions import layer_precisions
+
+        found = layer_precisions(opened.file(MODEL))
     if as_json:
-        return _print_json(json.loads(manifest_json(opened.manifest)))
-    from rxdeploy.terminal import describe_bundle
+        facts = json.loads(manifest_json(opened.manifest))
+        return _print_json(facts | ({"layers": [layer.as_facts() for layer in found]} if layers else {}))
+    from rxdeploy.terminal import describe_bundle, precision_table
 
     click.echo(describe_bundle(opened, whole=True))
+    if layers:
+        _print(precision_table(found))
 
 
 @cli.command()
@@ -463,8 +659,20 @@ def _request(
     workspace: int | None = None,
     opt_level: int | None = None,
     compute_capability: tuple[str, ...] = (),
+    calibration_data: Path | None = None,
+    calibration_labels: Path | None = None,
+    calibration_images: int = 512,
+    calibration_list: Path | None = None,
+    calibration_seed: int = 0,
+    calibration_file: Path | None = None,
+    method: Any = "auto",
+    keep: tuple[str, ...] = (),
+    min_sqnr: float | None = None,
+    max_drop: float | None = None,
+    placement: Any = None,
     **flags: bool,
 ) -> Request:
+    from rxdeploy.calibration.options import CalibrationOptions
     from rxdeploy.cards import find_card
     from rxdeploy.engines.options import DEFAULT_PROFILES, EngineOptions, Profile
     from rxdeploy.pipeline import Request
@@ -478,6 +686,22 @@ def _request(
         compute_capabilities=compute_capability,
         **flags,
     )
+    calibration = None
+    if precision == "int8":
+        calibration = CalibrationOptions(
+            data=calibration_data,
+            labels=calibration_labels,
+            images=calibration_images,
+            listed=calibration_list,
+            seed=calibration_seed,
+            file=calibration_file,
+            method=method,
+            keep=keep,
+            min_sqnr=min_sqnr,
+            max_drop=max_drop,
+        )
+    elif calibration_data or calibration_file or keep or min_sqnr is not None or max_drop is not None:
+        raise InputError(f"the options on calibration are for --int8, and this is --{precision}")
     return Request(
         card=card,
         precision=precision,
@@ -486,6 +710,8 @@ def _request(
         target=target,
         engine=engine,
         labels=labels,
+        calibration=calibration,
+        placement=placement,
         command=("rxdeploy", *click.get_current_context().obj),
     )
 

@@ -1,8 +1,9 @@
 """The stages in order, from a card to a bundle, and what each keeps in the cache.
 
-    weights -> export -> precision -> engine -> bundle
-                  |          |
-               validate   validate
+    weights -> export ------> precision -> engine -> bundle
+                  |               |
+               validate        validate
+    images -> calibrate -> (int8 only)
 
 A stage's cache key names everything that determines its result: the card, the weights, the options, the
 versions of the tools, and rxdeploy's own code. Keys are made of the keys before them, so that a build in
@@ -19,21 +20,27 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from rxdeploy import __version__, atomic
 from rxdeploy.cache import Cache, Entry, recipe_digest
+from rxdeploy.calibration.options import HELD_OUT, CalibrationOptions, SchemeName
 from rxdeploy.cards import ModelCard, read_labels
 from rxdeploy.engines import bundle as bundles
 from rxdeploy.engines.bundle import Bundle, InputKind, Manifest, Precision
 from rxdeploy.engines.flavours import Choice, Target, choose, installed_version
 from rxdeploy.engines.gpu import find_driver
 from rxdeploy.engines.options import EngineOptions
-from rxdeploy.errors import CheckFailed, EnvironmentLacks, from_os_error, missing_module
+from rxdeploy.errors import CheckFailed, EnvironmentLacks, InputError, from_os_error, missing_module
 from rxdeploy.export.architecture import count_multiply_adds, count_parameters, resnext
 from rxdeploy.export.weights import StateDict, WeightsSource, check_parameters, load_weights, resolve_weights
+
+if TYPE_CHECKING:
+    from rxdeploy.calibration.sensitivity import Sensitivity
+    from rxdeploy.calibration.stage import CalibrationStage
+    from rxdeploy.export.validate import Samples
 
 MODEL = bundles.MODEL
 # Packages whose version can change what a stage computes, and which the manifest records.
@@ -51,6 +58,8 @@ class Request:
     target: Target = "auto"
     engine: EngineOptions = field(default_factory=EngineOptions)
     labels: Path | None = None
+    calibration: CalibrationOptions | None = None  # needed for int8
+    placement: SchemeName | None = None  # of Q/DQ nodes; None: as the target that is built for wants it
     command: tuple[str, ...] = ()
 
 
@@ -87,6 +96,8 @@ class Pipeline:
         self.reporter = reporter or Reporter()
         self.stages: list[Stage] = []
         self._network = resnext(request.card)
+        if request.precision == "int8" and request.calibration is None:
+            raise InputError("int8 needs a calibration")
 
     # Weights
 
@@ -142,16 +153,23 @@ class Pipeline:
     # Precision
 
     def _model_key(self, precision: Precision) -> str:
-        return self._export_key if precision == "fp32" else recipe_digest(model=self._export_key, precision=precision)
+        if precision == "fp32":
+            return self._export_key
+        calibration = self._calibration_key if precision == "int8" else None
+        return recipe_digest(model=self._export_key, precision=precision, calibration=calibration)
 
     def precision(self) -> Entry:
         """The model in the precision asked for: model.onnx."""
         precision = self.request.precision
         if precision == "fp32":
             return self._model(precision)
+        if precision == "int8":
+            self.calibrate()
         with self._stage("precision") as done:
             entry = self._model(precision)
             facts = entry.facts
+            if precision == "int8":
+                return done(entry, f"int8 ONNX, {file_size(entry.folder / MODEL)}; {facts['convolutions']}")
             flushed = f", {facts['flushed']} rounded to zero" if facts["flushed"] else ""
             return done(
                 entry, f"float16 ONNX, {file_size(entry.folder / MODEL)}; {facts['constants']:,} weights{flushed}"
@@ -161,6 +179,8 @@ class Pipeline:
         """The model in `precision`, its file checked."""
         if precision == "fp32":
             return self._export(verify=True)
+        if precision == "int8":
+            return self.cache.stage("precision", self._model_key(precision), self._quantise)
 
         def produce(folder: Path) -> dict[str, Any]:
             import onnx_ir as ir
@@ -173,6 +193,69 @@ class Pipeline:
             return {"constants": rounding.constants, "flushed": rounding.flushed}
 
         return self.cache.stage("precision", self._model_key(precision), produce)
+
+    # Calibration
+
+    @functools.cached_property
+    def _choice(self) -> Choice:
+        return choose(self.request.target, self.request.engine)
+
+    @property
+    def _scheme(self) -> SchemeName:
+        if self.request.placement:
+            return self.request.placement
+        return "tensorrt" if self._choice.flavour else "onnxruntime"
+
+    @functools.cached_property
+    def _calibrating(self) -> CalibrationStage:
+        from rxdeploy.calibration.stage import CalibrationStage
+
+        assert self.request.calibration is not None
+        options = self.request.calibration
+        return CalibrationStage(self.request.card, options, self._scheme, self.cache.folder, self.reporter.progress)
+
+    @functools.cached_property
+    def _calibration_key(self) -> str:
+        return recipe_digest(
+            card=self.request.card.digest,
+            weights=self.source.identity,
+            options=self._calibrating.key(),
+            code=code_digest(),
+            tools=versions("numpy", "torch", "Pillow"),
+        )
+
+    def calibrate(self) -> Entry:
+        """The ranges and everything else that decides the int8 model: calibration.json."""
+        with self._stage("calibrate") as done:
+            entry = self._calibration()
+            return done(entry, self._calibrating.describe(entry.facts))
+
+    def _calibration(self) -> Entry:
+        def produce(folder: Path) -> dict[str, Any]:
+            return self._calibrating.run(self.weights, self._calibration_key, folder)
+
+        return self.cache.stage("calibrate", self._calibration_key, produce)
+
+    def sensitivity(self) -> list[Sensitivity]:
+        """How much each layer of the calibrated model pays for its eight bits."""
+        with self._stage("sensitivity") as done:
+            record = self._calibration().folder / bundles.CALIBRATION
+            return done(self._calibrating.sensitivity(self.weights, record), "of every quantised layer")
+
+    def _quantise(self, folder: Path) -> dict[str, Any]:
+        import onnx_ir as ir
+
+        from rxdeploy.calibration.apply import apply
+        from rxdeploy.calibration.network import Network
+        from rxdeploy.calibration.record import load_recipe
+        from rxdeploy.export.graph import serialise
+
+        recipe = load_recipe(self._calibration().folder / bundles.CALIBRATION, self._scheme)
+        network = Network(self.request.card, self.weights)
+        model, _ = apply(ir.load(self._export(verify=True).folder / MODEL), network, recipe)
+        (folder / MODEL).write_bytes(serialise(model))
+        total, kept = len(list(self._network.convs())), sum(conv.name in recipe.keep for conv in self._network.convs())
+        return {"convolutions": f"{total - kept} of {total} convolutions in int8, placed for {recipe.scheme}"}
 
     # Validation
 
@@ -206,11 +289,13 @@ class Pipeline:
 
             from rxdeploy.export.validate import validate_model
 
-            reference = self._reference(verify=True)
+            samples = self._samples(precision)
+            reference = self._reference(verify=True, samples=samples)
             model = self._model(precision)
             self.reporter.progress("running ONNX Runtime", None)
             logits = np.load(reference.folder / "logits.npy")
-            facts = validate_model(self.request.card, model.folder / MODEL, precision, logits, self._batches)
+            path, batches = model.folder / MODEL, self._batches
+            facts = validate_model(self.request.card, path, precision, logits, batches, samples)
             largest = reference.facts["largest"]
             layer = max(largest, key=largest.__getitem__)
             return facts | {"largest_activation": {"layer": layer, "magnitude": largest[layer]}}
@@ -232,7 +317,17 @@ class Pipeline:
             tools=versions("numpy", "torch", "Pillow"),
         )
 
-    def _reference(self, verify: bool) -> Entry:
+    def _samples(self, precision: Precision) -> Samples | None:
+        """The images to validate with, where they are not the usual ones."""
+        import numpy as np
+
+        from rxdeploy.export.validate import held_out_samples
+
+        if precision != "int8" or not (file := self._calibration().folder / HELD_OUT).is_file():
+            return None
+        return held_out_samples(np.load(file))
+
+    def _reference(self, verify: bool, samples: Samples | None = None) -> Entry:
         """PyTorch's logits for the validation samples, and the largest magnitude each layer reaches."""
 
         def produce(folder: Path) -> dict[str, Any]:
@@ -248,11 +343,15 @@ class Pipeline:
             def note(layer: str, output: Any) -> None:
                 largest[layer] = max(largest.get(layer, 0.0), float(np.abs(output).max()))
 
-            logits = run_reference(self.request.card, weights, validation_samples(self.request.card).images, note)
+            images = (samples or validation_samples(self.request.card)).images
+            logits = run_reference(self.request.card, weights, images, note)
             np.save(folder / "logits.npy", logits)
             return {"largest": largest}
 
-        return self.cache.stage("reference", self._reference_key, produce, verify)
+        key = self._reference_key
+        if samples:
+            key = recipe_digest(reference=key, calibration=self._calibration_key)
+        return self.cache.stage("reference", key, produce, verify)
 
     def validation_failure(self, facts: dict[str, Any], model: Path) -> str:
         """Why a validation failed, with the first tensor that departs."""
@@ -266,7 +365,7 @@ class Pipeline:
         )
         first = first_departure(self.compare_layers(model, precision))
         if first is None:
-            where = "on a photograph and on noise no single layer departs"
+            where = "on two of the images no single layer departs"
         elif precision == "fp16" and first.largest > FLOAT16_MAX:
             where = f"{first.name} overflows: it reaches {first.largest:g}, float16 ends at {FLOAT16_MAX:g}; use --fp32"
         else:
@@ -283,7 +382,7 @@ class Pipeline:
         from rxdeploy.export.layers import compare_layers
         from rxdeploy.export.validate import validation_samples
 
-        images = validation_samples(self.request.card).images[[0, -1]]
+        images = (self._samples(precision) or validation_samples(self.request.card)).images[[0, -1]]
         return compare_layers(self.request.card, self.weights, model, precision, images)
 
     def validate_file(self, path: Path) -> dict[str, Any]:
@@ -358,7 +457,7 @@ class Pipeline:
         """Everything: export, precision, validation, engine, and the bundle at `output`."""
         request = self.request
         bundles.check_destination(output, request.card.name, request.precision, overwrite)
-        choice = choose(request.target, request.engine)
+        choice = self._choice
         labels = self._labels()
         self.export()
         if request.precision != "fp32":
@@ -370,6 +469,8 @@ class Pipeline:
             files: dict[str, Path | bytes] = {MODEL: model.folder / MODEL}
             if engine:
                 files[bundles.PLAN] = engine.folder / bundles.PLAN
+            if request.precision == "int8":
+                files[bundles.CALIBRATION] = self._calibration().folder / bundles.CALIBRATION
             if labels:
                 files[bundles.LABELS] = ("\n".join(labels) + "\n").encode()
             manifest = self._manifest(choice, validation.facts, engine.facts if engine else None)
@@ -416,6 +517,7 @@ class Pipeline:
             inputs=(image,),
             outputs=(logits,),
             validation=validation,
+            quantisation=self._calibration().facts if request.precision == "int8" else None,
             engine=engine,
             tools={"rxdeploy": __version__, "python": platform.python_version(), **versions(*TOOLS)},
             command=request.command,

@@ -93,6 +93,7 @@ def describe_bundle(bundle: Bundle, whole: bool = False) -> str:
         ("engine", _engine(manifest)),
         ("input", _tensors(manifest.inputs)),
         ("output", _tensors(manifest.outputs)),
+        *_quantisation(manifest),
         *_validation(manifest),
         (
             "counted",
@@ -159,6 +160,40 @@ def _tensors(tensors: Sequence[Any]) -> str:
         f"{t.name}: {t.dtype} {t.layout} ({', '.join('batch' if size is None else str(size) for size in t.shape)})"
         for t in tensors
     )
+
+
+def _quantisation(manifest: Manifest) -> list[tuple[str, str]]:
+    facts = manifest.quantisation
+    if facts is None:
+        return []
+    others = f" ({', '.join(sorted(set(facts['other_methods'].values())))} for some)" if facts["other_methods"] else ""
+    found = f", SQNR {facts['sqnr_db']:.1f} dB on images held out" if facts["sqnr_db"] is not None else ""
+    rows = [
+        (
+            "quantised",
+            f"for {facts['scheme']}: {facts['weight_bits']}-bit weights, {facts['method']} ranges{others} from "
+            f"{facts['images']} images{found}",
+        )
+    ]
+    if facts["keep"]:
+        rows.append(("in float", ", ".join(facts["keep"])))
+    if mixed := facts["mixed_precision"]:
+        rows.append(
+            (
+                "mixed",
+                f"for {mixed['target']}: from {mixed['before']:.4g} to {mixed['after']:.4g}; predicted cost: "
+                f"{mixed['float16_share']:.1%} more arithmetic time, where int8 is twice as fast as float16",
+            )
+        )
+    return rows
+
+
+def precision_table(layers: Sequence[Any]) -> Table:
+    """The precision of every layer of a model."""
+    table = Table("layer", "operation", "reads", "weights", "gives")
+    for layer in layers:
+        table.add_row(layer.name, layer.op, ", ".join(layer.inputs), layer.weights or "-", layer.output)
+    return table
 
 
 def _validation(manifest: Manifest) -> list[tuple[str, str]]:

@@ -185,7 +185,9 @@ class _Reading:
         """Elements of the output times the length of the sum behind each."""
         outputs = math.prod(self.shapes[node.output[0]])
         if node.op_type == "Conv":
-            return outputs * math.prod(self.shapes[node.input[1]][1:])
+            # Of groups that were merged with zeros between them, what the model itself multiplies.
+            merged = _groups(node) // _attribute(node, "group", 1)
+            return outputs * math.prod(self.shapes[node.input[1]][1:]) // merged
         if node.op_type not in _PRODUCTS:
             return 0
         first = self.shapes[node.input[0]]
@@ -209,7 +211,7 @@ class _Reading:
         kernel = self.shapes[node.input[1]][2:]
         if depth == 1:
             return "stem"
-        if kernel == (3, 3) and _attribute(node, "group", 1) > 1:
+        if kernel == (3, 3) and _groups(node) > 1:
             return "grouped 3x3"
         if kernel != (1, 1):
             return "other"
@@ -227,6 +229,12 @@ class _Reading:
                 yield from self._users_behind(user.output[0])
             else:
                 yield user
+
+
+def _groups(node: Any) -> int:
+    """The groups of a convolution in the model: those that calibration/groups.py noted before it merged them."""
+    noted = next((each.value for each in node.metadata_props if each.key == "rxdeploy.groups"), None)
+    return int(noted) if noted else _attribute(node, "group", 1)
 
 
 def _attribute(node: Any, name: str, default: int) -> int:

@@ -134,7 +134,13 @@ def _onnx_times(session: Session, ordinal: int, counts: GraphCounts, batch: int,
     images = sample_images(bundle.manifest, batch)
     provider = CPU if session.device == "cpu" else CUDA
     with TemporaryDirectory(prefix="rxdeploy-bench-") as folder:
-        opened = open_session(bundle.file(bundles.MODEL), provider, ordinal, profile=Path(folder, "profile"))
+        opened = open_session(
+            bundle.file(bundles.MODEL),
+            provider,
+            ordinal,
+            profile=Path(folder, "profile"),
+            integers=bundle.manifest.for_integers,
+        )
         feed = {bundle.manifest.inputs[0].name: images}
         timed = timer(lambda: run_session(opened, ["logits"], feed))
         count = _runs(seconds, min(timed() for _ in range(_WARM_UP_RUNS)))

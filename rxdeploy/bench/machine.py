@@ -14,7 +14,8 @@ from rxdeploy.engines.gpu import find_driver
 
 _PACKAGES = ("numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "cuda-bindings", "tensorrt_lean", "matplotlib")
 _CPUINFO = Path("/proc/cpuinfo")
-_WIDE = ("avx2", "avx512f", "avx512_vnni", "avx512_fp16", "amx_int8")  # instruction sets that decide a CPU's speed
+# Instruction sets that decide a CPU's speed.
+_WIDE = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_fp16", "amx_int8")
 
 
 def facts() -> dict[str, Any]:
@@ -23,7 +24,7 @@ def facts() -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "processor": processor(),
-        "instruction_sets": [flag for flag in _WIDE if flag in _cpuinfo().get("flags", "").split()],
+        "instruction_sets": list(instruction_sets()),
         "cores": cores(),
         "load_average_1_min": os.getloadavg()[0],
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
@@ -40,6 +41,12 @@ def facts() -> dict[str, Any]:
 def cores() -> int:
     """How many cores this process may use."""
     return len(os.sched_getaffinity(0))
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """Those of x86 that decide how fast, and in int8 how exactly, ONNX Runtime computes; by Linux's names."""
+    flags = _cpuinfo().get("flags", "").split()
+    return tuple(flag for flag in _WIDE if flag in flags)
 
 
 def processor() -> str:

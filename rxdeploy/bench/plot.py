@@ -28,7 +28,16 @@ def check_plot(destination: Path) -> None:
 def plot(bench: Benchmark, destination: Path) -> None:
     """Draw the benchmark and write it to `destination`, a .png or .svg, by rename. Errors as for `check_plot`."""
     check_plot(destination)
-    figure = draw(bench)
+    save(draw(bench), destination)
+
+
+def new_figure(inches: tuple[float, float]) -> Any:
+    """An empty matplotlib Figure; EnvironmentLacks without matplotlib."""
+    return _matplotlib()(figsize=inches, layout="constrained")
+
+
+def save(figure: Any, destination: Path) -> None:
+    """Write a Figure to `destination`, a .png or .svg, by rename."""
     try:
         with atomic.new_file(destination) as temporary:
             figure.savefig(temporary, format=destination.suffix.lower()[1:], dpi=_DPI)
@@ -38,7 +47,7 @@ def plot(bench: Benchmark, destination: Path) -> None:
 
 def draw(bench: Benchmark) -> Any:
     """The benchmark as a matplotlib Figure with two axes: throughput and latency."""
-    figure = _matplotlib()(figsize=_INCHES, layout="constrained")
+    figure = new_figure(_INCHES)
     speed, latency = figure.subplots(1, 2)
     _draw_throughput(speed, bench)
     _draw_latency(latency, bench)

@@ -26,8 +26,9 @@ MANIFEST = "manifest.json"
 MODEL = "model.onnx"
 PLAN = "engine.plan"
 LABELS = "labels.txt"
+CALIBRATION = "calibration.json"
 
-Precision = Literal["fp32", "fp16"]
+Precision = Literal["fp32", "fp16", "int8"]
 InputKind = Literal["uint8", "float32"]
 
 
@@ -105,10 +106,16 @@ class Manifest(_Part, kw_only=True, frozen=True):
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     validation: dict[str, Any]
+    quantisation: dict[str, Any] | None = None  # int8: how, and the error that it left
     engine: dict[str, Any] | None
     tools: dict[str, str]
     command: tuple[str, ...]
     files: dict[str, FileDigest]
+
+    @property
+    def for_integers(self) -> bool:
+        """Whether ONNX Runtime is to compute between Q/DQ in integers: not what was quantised for TensorRT."""
+        return self.quantisation is None or self.quantisation.get("scheme") == "onnxruntime"
 
 
 @dataclass(frozen=True)
@@ -230,7 +237,7 @@ def check_destination(destination: Path, model: str, precision: str, overwrite: 
         raise from_os_error(error, f"output {destination}") from None
     if not destination.exists() or not any(destination.iterdir()):
         return
-    foreign = {path.name for path in destination.iterdir()} - {MANIFEST, MODEL, PLAN, LABELS}
+    foreign = {path.name for path in destination.iterdir()} - {MANIFEST, MODEL, PLAN, LABELS, CALIBRATION}
     if foreign or not (destination / MANIFEST).exists():
         found = f" (it holds {min(foreign)})" if foreign else ""
         raise InputError(f"output {destination}: the folder exists and is no bundle{found}; choose another with -o")

@@ -112,19 +112,23 @@ def count_parameters(network: ResNeXt) -> int:
 
 def count_multiply_adds(network: ResNeXt) -> int:
     """Multiply-adds of convolutions and classifier for one image: the usual count, without pooling and ReLU."""
-    total = 0
+    return sum(multiply_adds(network).values()) + network.features * network.num_classes
 
-    def conv_cost(conv: Conv, size: int) -> int:
-        return conv.output_size(size) ** 2 * conv.out_channels * (conv.in_channels // conv.groups) * conv.kernel**2
 
-    size = network.image_size
-    total += conv_cost(network.stem, size)
-    size = network.stem.output_size(size)
+def multiply_adds(network: ResNeXt) -> dict[str, int]:
+    """Multiply-adds of each convolution, by name, for one image."""
+    counts: dict[str, int] = {}
+
+    def count(conv: Conv, size: int) -> int:
+        size = conv.output_size(size)
+        counts[conv.name] = size**2 * conv.out_channels * (conv.in_channels // conv.groups) * conv.kernel**2
+        return size
+
+    size = count(network.stem, network.image_size)
     size = (size + 2 - 3) // 2 + 1  # max-pool 3x3, stride 2, padding 1
     for block in network.blocks:
         if block.downsample:
-            total += conv_cost(block.downsample, size)
+            count(block.downsample, size)
         for conv in block.convs:
-            total += conv_cost(conv, size)
-            size = conv.output_size(size)
-    return total + network.features * network.num_classes
+            size = count(conv, size)
+    return counts

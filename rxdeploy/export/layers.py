@@ -19,7 +19,7 @@ from rxdeploy.engines.bundle import Precision
 from rxdeploy.export.float16 import round_everywhere
 from rxdeploy.export.graph import Weights
 from rxdeploy.export.reference import run_reference
-from rxdeploy.export.validate import LIMITS, load_model, model_input, relative_l2
+from rxdeploy.export.validate import LIMITS, is_for_tensorrt, load_model, model_input, relative_l2
 from rxdeploy.runtime.onnxrt import open_session, run_session
 
 LOGITS = "logits"
@@ -59,11 +59,12 @@ def _run_with_taps(
 ) -> dict[str, NDArray[np.float32]]:
     """The named tensors of the model for `images`: a copy of the graph makes them outputs."""
     # Of a float16 model, what a GPU would compute: ONNX Runtime's CPU kernels do not round in between.
-    model = round_everywhere(load_model(path)) if precision == "fp16" else load_model(path)
+    signed = precision == "int8" and is_for_tensorrt(path)
+    model = round_everywhere(load_model(path)) if precision == "fp16" or signed else load_model(path)
     outputs = {value.name: value for node in model.graph for value in node.outputs}
     present = [name for name in names if name in outputs]
     model.graph.outputs.extend(outputs[name] for name in present if name != LOGITS)
-    session = open_session(ir.to_proto(model).SerializeToString())
+    session = open_session(ir.to_proto(model).SerializeToString(), integers=not signed)
     arrays = run_session(session, present, model_input(session, card, images))
     return {name: array.astype(np.float32) for name, array in zip(present, arrays, strict=True)}
 

@@ -48,6 +48,7 @@ class Limits:
 LIMITS: dict[Precision, Limits] = {
     "fp32": Limits(relative_l2=1e-4, layer_l2=1e-4, tie=1e-3),
     "fp16": Limits(relative_l2=5e-2, layer_l2=1e-1, tie=1e-1),
+    "int8": Limits(relative_l2=2.5e-1, layer_l2=5e-1, tie=5e-1),
 }
 
 
@@ -56,7 +57,7 @@ class Samples:
     """The images of a validation and what the reference says of them."""
 
     images: NDArray[np.uint8]
-    kinds: tuple[str, ...]  # "photographs" or "noise", an image each
+    kinds: tuple[str, ...]  # an image each: "photographs", "noise", or "held out" of those a model is calibrated with
 
 
 def validation_samples(card: ModelCard) -> Samples:
@@ -64,6 +65,11 @@ def validation_samples(card: ModelCard) -> Samples:
     photos, grain = photographs(card), noise(card, NOISE_IMAGES)
     kinds = ("photographs",) * len(photos) + ("noise",) * len(grain)
     return Samples(np.concatenate([photos, grain]), kinds)
+
+
+def held_out_samples(images: NDArray[np.uint8]) -> Samples:
+    """Of a quantised model: what it was calibrated for, as ranges clip anything else on purpose."""
+    return Samples(images, ("held out",) * len(images))
 
 
 def validation_batches(optimum: int) -> tuple[int, ...]:
@@ -94,19 +100,24 @@ def deviation(result: NDArray[np.float32], reference: NDArray[np.float32], tie: 
 
 
 def validate_model(
-    card: ModelCard, model: Path, precision: Precision, reference: NDArray[np.float32], batches: tuple[int, ...]
+    card: ModelCard,
+    model: Path,
+    precision: Precision,
+    reference: NDArray[np.float32],
+    batches: tuple[int, ...],
+    samples: Samples | None = None,
 ) -> dict[str, Any]:
     """Run the ONNX file on every batch size and every provider that is here, and compare with `reference`.
 
-    `reference` are the PyTorch logits of `validation_samples`. A float16 model is also run with every tensor
-    rounded (see `round_everywhere`), on one batch. Returns the figures for the manifest: ``passed``,
-    ``limits``, and per provider the deviation over all images, by kind and by batch size.
+    `reference` are the PyTorch logits of `samples`, `validation_samples` by default. A model with float16 tensors is
+    also run with every one rounded (see `round_everywhere`), on one batch. Returns the figures for the manifest:
+    ``passed``, ``limits``, and per provider the deviation over all images, by kind and by batch size.
     """
-    samples, limits = validation_samples(card), LIMITS[precision]
+    samples, limits = samples or validation_samples(card), LIMITS[precision]
     providers = {}
     for provider in available_providers():
         try:
-            session = open_session(model, provider)
+            session = open_session(model, provider, integers=not is_for_tensorrt(model))
         except EnvironmentLacks as error:
             if provider == CPU:
                 raise
@@ -115,8 +126,8 @@ def validate_model(
         rows = {batch: _run(card, session, samples, batch) for batch in batches}
         providers[provider] = _figures(samples, reference, rows, limits)
         del session  # before the next one is made: each holds the weights
-    if precision == "fp16":
-        session = open_session(rounding_model(model))
+    if precision == "fp16" or (precision == "int8" and is_for_tensorrt(model)):
+        session = open_session(rounding_model(model), integers=False)
         batch = len(samples.images)
         providers[ROUNDING] = _figures(samples, reference, {batch: _run(card, session, samples, batch)}, limits)
     worst = [figures["all"] for figures in providers.values()]
@@ -176,11 +187,22 @@ def rounding_model(path: Path) -> bytes:
 
 
 def precision_of(path: Path) -> Precision:
-    """The precision of the ONNX file at `path`: fp16 when it has weights in float16."""
+    """The precision of the ONNX file at `path`: int8 when it has Q/DQ nodes, fp16 when it has weights in float16."""
     import onnx_ir as ir
 
-    weights = ir.load(path).graph.initializers.values()
-    return "fp16" if any(weight.dtype == ir.DataType.FLOAT16 for weight in weights) else "fp32"
+    graph = ir.load(path).graph
+    if any(node.op_type == "QuantizeLinear" for node in graph):
+        return "int8"
+    return "fp16" if any(each.dtype == ir.DataType.FLOAT16 for each in graph.initializers.values()) else "fp32"
+
+
+def is_for_tensorrt(path: Path) -> bool:
+    """Whether the ONNX file at `path` is quantised with signed activations, as TensorRT wants them."""
+    import onnx_ir as ir
+
+    graph = ir.load(path).graph
+    zero_points = [node.inputs[2] for node in graph if node.op_type == "QuantizeLinear" and len(node.inputs) > 2]
+    return any(each is not None and each.dtype == ir.DataType.INT8 for each in zero_points)
 
 
 def load_model(path: Path) -> ir.Model:

@@ -37,12 +37,19 @@ def available_providers() -> list[str]:
 
 
 def open_session(
-    model: Path | bytes, provider: str = CPU, ordinal: int = 0, profile: Path | None = None, threads: int = 0
+    model: Path | bytes,
+    provider: str = CPU,
+    ordinal: int = 0,
+    profile: Path | None = None,
+    threads: int = 0,
+    integers: bool = True,
 ) -> Any:
     """An `onnxruntime.InferenceSession` on one provider.
 
     `ordinal` is the GPU's number; `threads` compute a node together (0: one a core); with `profile`, ONNX Runtime
-    writes its profile to a file beginning so.
+    writes its profile to a file beginning so. Without `integers`, Q/DQ nodes round and everything between them is
+    computed in floating point, which is what a model quantised for TensorRT means: ONNX Runtime's own integer kernels
+    saturate on signed activations where a CPU has no VNNI.
 
     EnvironmentLacks when the provider is not here: ONNX Runtime itself would fall back to the CPU without a
     word. CheckFailed when it cannot load the model.
@@ -58,6 +65,8 @@ def open_session(
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4  # what it cannot do is an exception or seen below
+    if not integers:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
     provider_options = _PROVIDER_OPTIONS[provider] | ({"device_id": str(ordinal)} if provider == CUDA else {})
@@ -97,7 +106,9 @@ class OnnxEngine:
         self._ordinal = ordinal
         self._input, self._classes = manifest.inputs[0].name, manifest.num_classes
         self._bundle = bundle
-        self._session = open_session(bundle.file(bundles.MODEL), _PROVIDERS[device], ordinal, threads=threads)
+        self._session = open_session(
+            bundle.file(bundles.MODEL), _PROVIDERS[device], ordinal, threads=threads, integers=manifest.for_integers
+        )
         where = find_driver().gpus[ordinal].name if device == "cuda" else "CPU"
         self.description = f"ONNX Runtime {_onnxruntime().__version__} on {where}"
 

@@ -7,6 +7,7 @@ timm and torchvision do on a PIL image, so accuracy here is accuracy there.
 from __future__ import annotations
 
 import functools
+import io
 from pathlib import Path
 
 import numpy as np
@@ -36,16 +37,16 @@ _TURNS = {  # EXIF 2.3, tag Orientation: what undoes it
 MAX_PIXELS = 178_956_970  # Pillow's own limit for a decompression bomb (twice its warning limit)
 
 
-def open_rgb(path: Path) -> Image.Image:
-    """Decode an image file to upright 8-bit RGB.
+def open_rgb(path: Path, data: bytes | None = None) -> Image.Image:
+    """Decode an image file to upright 8-bit RGB; where its bytes are at hand as `data`, `path` is only its name.
 
     EXIF orientation is applied; greyscale, palette, CMYK and 16-bit images are converted; transparent
     pixels are laid on white. InputError for what is no image, is truncated, or has too many pixels.
     """
-    if path.exists() and not path.is_file():
+    if data is None and path.exists() and not path.is_file():
         raise InputError(f"image {path}: not a plain file")  # reading a pipe might never end
     try:
-        with Image.open(path, formats=_formats()) as image:
+        with Image.open(path if data is None else io.BytesIO(data), formats=_formats()) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise InputError(_too_large(path, f"{image.width} x {image.height} pixels"))
             image.load()

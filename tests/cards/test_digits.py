@@ -13,10 +13,11 @@ import pytest
 from PIL import Image
 
 from rxdeploy.cards import ModelCard, find_card
-from rxdeploy.cards.digits_images import main, split, write_held_out
+from rxdeploy.cards.digits_images import NOISE, hard, main, split, write_files, write_held_out, write_npz
 from rxdeploy.errors import EnvironmentLacks, InputError
 from rxdeploy.runtime.preprocess import normalise, open_rgb, transform
 
+HARD_SHA256 = "db3415a14b3a7c5b6e4abae5aa45986b827f7de9af913f46a50f56089e377e99"  # of the pixels; seen on x86-64
 NAME = re.compile(r"digit-(\d)-(\d+)\.png")
 
 
@@ -137,7 +138,7 @@ def test_ten_files_show_ten_digits_and_the_seed_chooses_them(tmp_path: Path) -> 
 @pytest.mark.parametrize("count", [0, -1, 541])
 def test_an_impossible_count_is_an_input_error(tmp_path: Path, count: int) -> None:
     pytest.importorskip("sklearn", reason="the digits are part of scikit-learn")
-    with pytest.raises(InputError, match=f"count {count}: there are 540 held-out digits"):
+    with pytest.raises(InputError, match=f"count {count}: there are 540 of these digits"):
         write_held_out(tmp_path, count, seed=0)
 
 
@@ -146,6 +147,114 @@ def test_command_line_writes_digits(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main([str(tmp_path / "digits"), "--count", "12"]) == 0
     assert len(list((tmp_path / "digits").glob("digit-*.png"))) == 12
     assert capsys.readouterr().out == f"12 digits written to {tmp_path / 'digits'}\n"
+
+
+def test_hard_digits_are_the_same_everywhere() -> None:
+    pytest.importorskip("sklearn", reason="the digits are part of scikit-learn")
+    digits, held_out = hard(), split()[1]
+    assert (digits.images.shape, digits.images.dtype) == ((5400, 8, 8, 3), np.uint8)
+    assert hashlib.sha256(digits.images.tobytes()).hexdigest() == HARD_SHA256
+    np.testing.assert_array_equal(digits.labels, np.tile(held_out.labels, 10))
+    np.testing.assert_array_equal(digits.indices, np.tile(held_out.indices, 10))
+    assert len({image.tobytes() for image in digits.images}) == 5400
+    for part, first in zip(hard(700), digits, strict=True):
+        np.testing.assert_array_equal(part, first[:700])
+    assert not np.array_equal(hard(540, seed=1).images, digits.images[:540])
+
+
+def test_hard_digits_are_the_digits_moved_and_noisy() -> None:
+    """Against Pillow's rotation of the noiseless digit: noise is what is left, and its spread is as documented."""
+    pytest.importorskip("sklearn", reason="the digits are part of scikit-learn")
+    digits, held_out = hard(540), split()[1]
+    words = np.random.PCG64(0).random_raw(540 * 67).reshape(540, 67)[:, :3]
+    angle, right, down = ((words / 2**64 * 2 - 1) * [30, 1, 1]).T
+    rest = []
+    for place in range(540):
+        turn = np.deg2rad(angle[place])
+        cos, sin = np.cos(turn), np.sin(turn)
+        # Pillow maps (x + 0.5, y + 0.5) of the result; black around it, as far as it is looked at.
+        start = (6 + right[place] - cos * 4 + sin * 4, 6 + down[place] - sin * 4 - cos * 4)
+        source = Image.fromarray(np.pad(held_out.images[place][..., 0], 2)).convert("F")
+        matrix = (cos, -sin, start[0], sin, cos, start[1])
+        moved = source.transform((8, 8), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
+        grey = digits.images[place][..., 0].astype(float)
+        inside = (
+            (grey > 0) & (grey < 255) & (np.asarray(moved) > 99) & (np.asarray(moved) < 155)
+        )  # where none is clipped
+        rest.append((grey - np.asarray(moved))[inside])
+    noise = np.concatenate(rest)
+    spread = NOISE / 256 * np.sqrt(8 * (256**2 - 1) / 12)
+    assert len(noise) > 2000
+    assert abs(noise.mean()) < 4 * spread / np.sqrt(len(noise))
+    assert noise.std() == pytest.approx(spread, rel=0.05)
+    assert np.abs(noise).max() < 6 * spread
+
+
+def test_the_model_gets_85_to_92_percent_of_the_hard_digits(card: ModelCard, weights_file: Path) -> None:
+    pytest.importorskip("sklearn", reason="the digits are part of scikit-learn")
+    torch = pytest.importorskip("torch", reason="the model is a PyTorch module")
+    safetensors = pytest.importorskip("safetensors.torch", reason="the weights are a safetensors file")
+    from rxdeploy.export.module import ResNeXt
+
+    model = ResNeXt(card).eval()
+    model.load_state_dict(safetensors.load_file(weights_file))
+    digits, inputs, hits = hard(), card.input, 0
+    for begin in range(0, 5400, 540):
+        images = [
+            transform(Image.fromarray(image), inputs.image_size, inputs.crop_pct, inputs.interpolation)
+            for image in digits.images[begin : begin + 540]
+        ]
+        with torch.inference_mode():
+            logits = model(torch.from_numpy(normalise(np.stack(images), inputs.mean, inputs.std)))
+        hits += int((logits.argmax(1).numpy() == digits.labels[begin : begin + 540]).sum())
+    assert 0.85 < hits / 5400 < 0.92
+    assert hits == pytest.approx(4853, abs=3)  # rounding may decide an image
+
+
+@pytest.mark.parametrize(("name", "count"), [("held-out", 30), ("train", 1257), ("hard", 600)])
+def test_command_line_writes_a_folder_a_class(name: str, count: int, card: ModelCard, tmp_path: Path) -> None:
+    pytest.importorskip("sklearn", reason="the digits are part of scikit-learn")
+    assert main([str(tmp_path / "data"), "--set", name, "--count", str(count), "--folders"]) == 0
+    train, held_out = split()
+    images = hard(600) if name == "hard" else train if name == "train" else held_out
+    of_index: dict[int, set[bytes]] = {}
+    for image, index in zip(images.images, images.indices, strict=True):
+        of_index.setdefault(int(index), set()).add(image.tobytes())
+    names = card.class_names()
+    assert names is not None
+    paths = sorted((tmp_path / "data").rglob("*.png"))
+    assert len(paths) == count
+    for path in paths:
+        match = re.fullmatch(r"digit-(\d)-(\d+)(-1)?\.png", path.name)
+        assert match and path.parent.name == names[int(match[1])]
+        assert bool(match[3]) <= (name == "hard")
+        assert open_rgb(path).size == (8, 8) and np.asarray(open_rgb(path)).tobytes() in of_index[int(match[2])]
+
+
+def test_command_line_writes_arrays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sklearn", reason="the digits are part of scikit-learn")
+    path = tmp_path / "new" / "hard.npz"
+    assert main([str(path), "--set", "hard", "--count", "20", "--seed", "4"]) == 0
+    assert capsys.readouterr().out == f"20 digits written to {path}\n"
+    with np.load(path) as arrays:
+        np.testing.assert_array_equal(arrays["images"], hard(20, seed=4).images)
+        np.testing.assert_array_equal(arrays["labels"], hard(20, seed=4).labels)
+
+
+def test_what_cannot_be_written_is_an_input_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sklearn", reason="the digits are part of scikit-learn")
+    (tmp_path / "file").touch()
+    digits = hard(2)
+    for write in (
+        lambda: write_npz(digits, tmp_path / "file" / "a.npz"),
+        lambda: write_files(digits, tmp_path / "file"),
+    ):
+        with pytest.raises(InputError, match="writing digits to"):
+            write()
+    assert main([str(tmp_path / "x"), "--set", "hard", "--count", "0"]) == 2
+    assert main([str(tmp_path / "x"), "--set", "train", "--count", "1258"]) == 2
+    assert "there are 1257 of these digits" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
 
 
 def test_folder_that_is_a_file_is_an_input_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

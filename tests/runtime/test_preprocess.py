@@ -445,6 +445,16 @@ def test_webp(tmp_path: Path) -> None:
     check(tmp_path / "lossy.webp", array, 12)
 
 
+def test_bytes_at_hand(tmp_path: Path) -> None:
+    """As from a file; the path is a name only, even one that something else has."""
+    array = smooth(32, 24)
+    for path in (tmp_path / "none.png", tmp_path):
+        np.testing.assert_array_equal(np.asarray(open_rgb(path, encoded("PNG", Image.fromarray(array)))), array)
+        for data in (b"", b"text", encoded("PNG", Image.fromarray(array))[:-40]):
+            with pytest.raises(InputError, match=f"^image {path}: "):
+                open_rgb(path, data)
+
+
 # What is no image
 
 

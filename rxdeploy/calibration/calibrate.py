@@ -1,0 +1,224 @@
+"""The calibration of one model: images in, a Record out."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+import rxdeploy
+from rxdeploy.calibration.choose import Judge, Trial, all_ranges, choose, correct
+from rxdeploy.calibration.equalise import equalised, factors
+from rxdeploy.calibration.gather import Gathered, gather
+from rxdeploy.calibration.network import FC, LOGITS, Network
+from rxdeploy.calibration.options import LEAST, CalibrationOptions, Method, SchemeName
+from rxdeploy.calibration.ranges import Range
+from rxdeploy.calibration.recipe import Recipe, ranges_as_data
+from rxdeploy.calibration.record import Data, Record, TensorFacts, TrialFacts, model_digest
+from rxdeploy.datasets import Batch, Dataset, Item, Stream, listed, sample
+from rxdeploy.errors import InputError
+
+BATCH = 8
+_EQUALISED_ON = 16  # images, to find out whether it pays
+_WORTH = 0.02  # of the error: equalisation costs another pass
+
+
+class Progress(Protocol):
+    """Told what happens inside, as pipeline.Reporter.progress is."""
+
+    def __call__(self, text: str, fraction: float | None) -> None: ...
+
+
+def choose_images(dataset: Dataset, options: CalibrationOptions) -> tuple[Item, ...]:
+    """The images to calibrate with: those listed, or a seeded sample. InputError when there are too few."""
+    items = listed(dataset, options.listed) if options.listed else sample(dataset, options.images, options.seed)
+    if len(items) < LEAST:
+        raise InputError(
+            f"data {dataset.root}: {len(items)} image{'s' * (len(items) != 1)} to calibrate with; at least {LEAST} are "
+            "needed, and some hundred are good"
+        )
+    return items
+
+
+class Calibration:
+    """Calibrates `network` with `items` of `dataset`.
+
+    `saved` is a folder for what an interrupted calibration is to go on with.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        dataset: Dataset,
+        items: Sequence[Item],
+        seed: int | None,
+        saved: Path,
+        progress: Progress,
+    ) -> None:
+        self.network, self._progress = network, progress
+        self._dataset, self._seed, self._saved = dataset, seed, saved
+        self._skipped: dict[str, str] = {}
+        held = held_out(len(items))
+        self._items, self._held_items = tuple(items[:-held]), tuple(items[-held:])
+        batches = list(self._stream(self._held_items))
+        self.held: NDArray[np.uint8] = np.concatenate([batch.images for batch in batches])
+        self._held_digests = [digest for batch in batches for digest in batch.digests]
+        self.judge = Judge(network, self.held)
+
+    def run(self, scheme: SchemeName, weight_bits: int, options: CalibrationOptions) -> Record:
+        """Gather, choose and correct."""
+        found = self._gather("ranges", {})
+        equalisation, trials = self._equalisation(found, scheme, weight_bits)
+        if equalisation:
+            found = self._gather("equalised", equalisation)
+        used = tensors(self.network, scheme)
+        ranges = {
+            method: {name: each[name] for name in used}
+            for method, each in all_ranges(found.histograms, scheme == "tensorrt").items()
+        }
+        say = self._say
+        recipe, tried = choose(self.judge, ranges, scheme, weight_bits, options.method, equalisation, say)
+        if options.keep:
+            recipe = msgspec.structs.replace(recipe, keep=options.keep)
+        recipe, corrected = correct(self.judge, self.network, recipe, self._first(), say)
+        return self._record(found, recipe, self.judge.error(recipe), [*trials, *tried, *corrected])
+
+    def images(self) -> tuple[Item, ...]:
+        """Every image that was used."""
+        return self._items + self._held_items
+
+    def _stream(self, items: Sequence[Item]) -> Stream:
+        # A few bad ones are skipped wherever they fall: the share that is too many is of all.
+        return Stream(self._dataset, items, BATCH, self.network.card.input)
+
+    def _batches(self, items: Sequence[Item]) -> itertools.chain[Batch]:
+        stream = self._stream(items)
+
+        def skipped() -> list[Batch]:
+            self._skipped |= {item.name: reason for item, reason in stream.skipped}
+            return []
+
+        return itertools.chain(stream, (batch for _ in (0,) for batch in skipped()))
+
+    def _gather(self, name: str, equalisation: dict[str, list[float]]) -> Gathered:
+        begin, total = time.monotonic(), len(self._items)
+
+        def progress(images: int) -> None:
+            rate = images / (time.monotonic() - begin)
+            left = (total - images) / rate
+            self._progress(f"calibrating {images}/{total}, {rate:.1f} images/s, {left:.0f} s left", images / total)
+
+        parameters = equalised(self.network, equalisation) if equalisation else None
+        return gather(self.network, self._batches(self._items), self._saved / f"{name}.npz", parameters, progress)
+
+    def _first(self) -> NDArray[np.uint8]:
+        batches = itertools.islice(self._stream(self._items), -(-_EQUALISED_ON // BATCH))
+        return np.concatenate([batch.images for batch in batches])[:_EQUALISED_ON]
+
+    def _equalisation(
+        self, found: Gathered, scheme: SchemeName, bits: int
+    ) -> tuple[dict[str, list[float]], list[Trial]]:
+        """The factors, when ranges from a few images show that they lower the error."""
+        self._say("trying equalisation")
+        tried = factors(self.network, found.maxima)
+        items, errors = self._items[:_EQUALISED_ON], []
+        for factor in ({}, tried):
+            parameters = equalised(self.network, factor) if factor else None
+            few = gather(self.network, self._stream(items), None, parameters)
+            ranges = all_ranges(few.histograms, scheme == "tensorrt")["mse"]
+            used = {name: ranges[name] for name in tensors(self.network, scheme)}
+            errors.append(self.judge.error(_plain(scheme, bits, used, factor)))
+        worth = errors[1] < errors[0] * (1 - _WORTH)
+        return (tried if worth else {}), [Trial("equalisation (mse, a few images)", errors[1], worth)]
+
+    def _record(self, found: Gathered, recipe: Recipe, error: float, trials: list[Trial]) -> Record:
+        both: dict[SchemeName, dict[Method, dict[str, Range]]] = {
+            "tensorrt": all_ranges(found.histograms, symmetric=True),
+            "onnxruntime": all_ranges(found.histograms, symmetric=False),
+        }
+        tensors = {
+            name: TensorFacts(
+                low=histogram.low,
+                high=histogram.high,
+                ranges={
+                    scheme: {method: ranges_as_data(each)[name] for method, each in ranges.items()}
+                    for scheme, ranges in both.items()
+                },
+            )
+            for name, histogram in found.histograms.items()
+        }
+        content = hashlib.sha256(" ".join((found.content, *self._held_digests)).encode()).hexdigest()
+        return Record(
+            rxdeploy=rxdeploy.__version__,
+            model=self.network.card.name,
+            model_sha256=model_digest(self.network),
+            data=Data(
+                source=str(self._dataset.root),
+                layout=self._dataset.layout,
+                images=found.images,
+                held_out=len(self.held),
+                seed=self._seed,
+                fingerprint=self._dataset.fingerprint(self.images()),
+                content_sha256=content,
+                skipped=tuple(sorted(self._skipped.items())),
+            ),
+            tensors=tensors,
+            recipes={recipe.scheme: recipe},
+            errors={recipe.scheme: error},
+            trials={recipe.scheme: tuple(TrialFacts(what=t.what, error=t.error, taken=t.taken) for t in trials)},
+        )
+
+    def _say(self, text: str) -> None:
+        self._progress(text, None)
+
+
+def held_out(count: int) -> int:
+    """How many of `count` images are held out for choosing between methods: an eighth, at most 32."""
+    return max(1, min(32, count // 8))
+
+
+def tensors(network: Network, scheme: SchemeName) -> list[str]:
+    """The tensors whose ranges a scheme uses."""
+    if scheme == "tensorrt":
+        return list(dict.fromkeys(tensor for layer, tensor in network.inputs().items() if layer != FC))
+    names = []
+    for layer, tensor in network.inputs().items():
+        names.append(tensor)
+        if layer.endswith("conv3"):
+            names.append(layer.replace("conv3", "bn3"))
+    blocks = [block.name for block in network.shape.blocks]
+    return list(dict.fromkeys([*names, "stem.relu", *blocks, LOGITS]))
+
+
+def _plain(scheme: SchemeName, bits: int, ranges: dict[str, Range], equalisation: dict[str, list[float]]) -> Recipe:
+    return Recipe(
+        scheme=scheme, weight_bits=bits, method="mse", ranges=ranges_as_data(ranges), equalisation=equalisation
+    )
+
+
+def recipe_from(record: Record, scheme: SchemeName, weight_bits: int, method: str, keep: tuple[str, ...]) -> Recipe:
+    """The recipe for a target from a calibration that may have been made for another.
+
+    InputError when the method asked for is not the one that was chosen and its ranges are not there.
+    """
+    made = record.recipes.get(scheme)
+    if made and method in ("auto", made.method) and made.weight_bits == weight_bits:
+        return msgspec.structs.replace(made, keep=tuple(dict.fromkeys((*made.keep, *keep)))) if keep else made
+    wanted = made.method if made and method == "auto" else "mse" if method == "auto" else method
+    ranges = {name: facts.ranges[scheme][wanted] for name, facts in record.tensors.items()}
+    equalisation = next((recipe.equalisation for recipe in record.recipes.values()), {})
+    return Recipe(
+        scheme=scheme,
+        weight_bits=weight_bits,
+        method=wanted,  # type: ignore[arg-type]
+        ranges=ranges,
+        equalisation=equalisation,
+        keep=keep,
+    )

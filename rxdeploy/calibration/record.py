@@ -1,0 +1,118 @@
+"""calibration.json: what a calibration found, for people to read and for other builds to use."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from rxdeploy.calibration.network import Network
+from rxdeploy.calibration.options import SchemeName
+from rxdeploy.calibration.recipe import Recipe
+from rxdeploy.errors import InputError
+
+SCHEMA: Literal[1] = 1
+_LINE = 600  # characters: what is known of a tensor
+
+
+class Data(msgspec.Struct, kw_only=True, frozen=True):
+    """The images: which, how many, and what identifies them."""
+
+    source: str
+    layout: str
+    images: int  # that ranges were found on
+    held_out: int  # that methods were chosen on
+    seed: int | None  # of the sample; None for an explicit list
+    fingerprint: str  # of names, sizes and times: tells cheaply whether anything changed
+    content_sha256: str  # of the images' own digests, in order
+    skipped: tuple[tuple[str, str], ...] = ()  # names and reasons
+
+
+class TensorFacts(msgspec.Struct, kw_only=True, frozen=True):
+    """A tensor's extremes, and the range that each method gives for each scheme."""
+
+    low: float
+    high: float
+    ranges: dict[str, dict[str, tuple[float, float]]]  # {scheme: {method: (low, high)}}
+
+
+class TrialFacts(msgspec.Struct, kw_only=True, frozen=True):
+    """Something that was tried: the relative L2 error of the held-out logits, and whether it was taken."""
+
+    what: str
+    error: float
+    taken: bool
+
+
+class Record(msgspec.Struct, kw_only=True, frozen=True):
+    """The file. `recipes` has one for each target that it was made for."""
+
+    schema: Literal[1] = SCHEMA
+    rxdeploy: str
+    model: str
+    model_sha256: str  # `model_digest`
+    data: Data
+    tensors: dict[str, TensorFacts]
+    recipes: dict[SchemeName, Recipe]
+    errors: dict[SchemeName, float]  # of each recipe, on the held-out images
+    trials: dict[SchemeName, tuple[TrialFacts, ...]]
+
+
+def model_digest(network: Network) -> str:
+    """sha256 over the folded parameters, as they are before anything is quantised: says which model it is."""
+    digest = hashlib.sha256()
+    for layer, own in network.parameters.items():
+        digest.update(layer.encode())
+        for tensor in (own.weight, own.bias):
+            digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def read_record(path: Path, model: str, digest: str) -> Record:
+    """The calibration in a file. InputError when it is none, is damaged, or is of another model."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"calibration {path}: {error.strerror}") from None
+    try:
+        head = msgspec.json.decode(data)
+        if isinstance(head, dict) and isinstance(head.get("schema"), int) and head["schema"] > SCHEMA:
+            raise InputError(
+                f"calibration {path}: it has schema {head['schema']}, this rxdeploy reads up to {SCHEMA}; "
+                "install a newer one"
+            )
+        record = msgspec.convert(head, Record)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"calibration {path}: damaged, or not made by rxdeploy: {error}; calibrate again") from None
+    if record.model_sha256 != digest:
+        what = f"of {record.model}" if record.model != model else f"of other weights of {model}"
+        raise InputError(f"calibration {path}: it is {what}, and ranges of one model mean nothing to another")
+    for scheme, recipe in record.recipes.items():
+        for name, ends in recipe.ranges.items():
+            if not (all(math.isfinite(end) for end in ends) and ends[0] <= ends[1]):
+                raise InputError(f"calibration {path}: {scheme}: the range of {name} is {ends}; calibrate again")
+    return record
+
+
+def load_recipe(path: Path, scheme: SchemeName) -> Recipe:
+    """The recipe for a target in a file that was read and found right before."""
+    return msgspec.json.decode(path.read_bytes(), type=Record).recipes[scheme]
+
+
+def record_json(record: Record) -> str:
+    """The text of the file: a line for each tensor and list, so that it can be read and compared."""
+    return _pretty(msgspec.to_builtins(record), 0) + "\n"
+
+
+def _pretty(value: Any, depth: int) -> str:
+    """JSON in which an object has a line for each key unless all of it is short; lists are on one line."""
+    flat = json.dumps(value, ensure_ascii=False)
+    if not isinstance(value, dict) or not value or (depth > 1 and len(flat) <= _LINE):
+        return flat
+    pad = "  " * (depth + 1)
+    lines = (f"{pad}{json.dumps(key, ensure_ascii=False)}: {_pretty(each, depth + 1)}" for key, each in value.items())
+    return "{\n" + ",\n".join(lines) + "\n" + "  " * depth + "}"

@@ -1,0 +1,118 @@
+"""A whole check, as the command line and the regression test do it: evaluate, compare, judge."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rxdeploy.datasets import Dataset, Item, from_arrays, open_dataset, sample
+from rxdeploy.engines.bundle import PLAN, Bundle, open_bundle
+from rxdeploy.errors import InputError
+from rxdeploy.evaluation.accuracy import Evaluation, Progress, evaluate
+from rxdeploy.evaluation.baseline import Baseline, from_evaluation, read_baseline
+from rxdeploy.evaluation.drop import Comparison, Verdict, check_max_drop, compare, judge
+from rxdeploy.runtime import load
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """What was found: always the evaluation, the rest where it was asked for."""
+
+    evaluation: Evaluation
+    baseline: Baseline | None = None
+    comparison: Comparison | None = None
+    verdict: Verdict | None = None
+
+
+def assess(
+    bundle: str | Path,
+    data: Any,
+    *,
+    labels: str | Path | None = None,
+    device: str = "auto",
+    batch: int | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    baseline: str | Path | None = None,
+    max_drop: float | None = None,
+    predictions: Path | None = None,
+    progress: Progress | None = None,
+) -> Assessment:
+    """Evaluate `bundle`, and hold it against `baseline` (a bundle, or a stored baseline's file) when given.
+
+    `data`: a path for `open_dataset` (with `labels`, a file), a `Dataset`, or arrays: ``(images, labels)``. `limit`
+    takes that many images, the same ones for the same `seed`, of every class its share. `max_drop` (points) adds the
+    verdict. `predictions` is a file for `evaluate`; a baseline bundle's go to a file beside it with ``.baseline``
+    before the ending.
+
+    Bad input is an error before any image is run; the rest as for `evaluate` and `compare`.
+    """
+    if max_drop is not None:
+        check_max_drop(max_drop)
+        if baseline is None:
+            raise InputError("--max-drop: a drop from what? Give --baseline too, a bundle or a stored baseline")
+    reference = _reference(Path(baseline)) if baseline is not None else None
+    with load(bundle, device) as session:
+        dataset = _dataset(session.bundle, data, labels)
+        _check_classes(session.bundle, reference, baseline)
+        items = sample(dataset, limit, seed) if limit is not None else dataset.items
+        evaluation = evaluate(session, dataset, items, batch, predictions, progress)
+    if reference is None:
+        return Assessment(evaluation)
+    if isinstance(reference, Bundle):
+        beside = predictions.with_suffix(f".baseline{predictions.suffix}") if predictions else None
+        reference = _evaluate_baseline(reference, device, dataset, items, batch, beside, progress)
+    comparison = compare(evaluation, reference)
+    verdict = None if max_drop is None else judge(comparison, max_drop)
+    return Assessment(evaluation, reference, comparison, verdict)
+
+
+def _reference(path: Path) -> Bundle | Baseline:
+    """What to compare with, read and checked."""
+    return open_bundle(path) if path.is_dir() else read_baseline(path)
+
+
+def _check_classes(bundle: Bundle, reference: Bundle | Baseline | None, path: str | Path | None) -> None:
+    if reference is None:
+        return
+    classes = reference.manifest.num_classes if isinstance(reference, Bundle) else reference.num_classes
+    if classes != bundle.manifest.num_classes:
+        raise InputError(
+            f"baseline {path}: it has {classes} classes, and {bundle.path} has {bundle.manifest.num_classes}: they are "
+            "models of different things"
+        )
+
+
+def _dataset(bundle: Bundle, data: Any, labels: str | Path | None) -> Dataset:
+    classes = bundle.manifest.num_classes
+    if isinstance(data, str | Path):
+        return open_dataset(Path(data), classes, bundle.labels(), Path(labels) if labels is not None else None)
+    if labels is not None:
+        raise InputError("labels: a labels file goes with a path to images; arrays come with their labels")
+    if isinstance(data, Dataset):
+        return data
+    try:
+        images, classes_of_images = data
+    except (TypeError, ValueError):
+        raise InputError(
+            f"data: got {type(data).__name__}, expected a path, a Dataset or a pair of arrays (images, labels)"
+        ) from None
+    return from_arrays(images, classes_of_images, classes)
+
+
+def _evaluate_baseline(
+    reference: Bundle,
+    device: str,
+    dataset: Dataset,
+    items: Sequence[Item],
+    batch: int | None,
+    predictions: Path | None,
+    progress: Progress | None,
+) -> Baseline:
+    # A float32 reference is often built without a plan; it then runs on the best that is here.
+    if device.startswith("tensorrt") and PLAN not in reference.manifest.files:
+        device = "auto"
+    with load(reference.path, device) as session:
+        return from_evaluation(evaluate(session, dataset, items, batch, predictions, progress))

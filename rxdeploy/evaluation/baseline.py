@@ -1,0 +1,92 @@
+"""The stored baseline: a small JSON file to commit, with one bundle's prediction for each image.
+
+Images are known by the first 64 bits of their sha256, so the file stays true when images are renamed or moved, and
+stays small. Labels are not in it: both models are judged by the labels of the day.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+
+from rxdeploy import __version__, atomic
+from rxdeploy.errors import InputError, from_os_error
+from rxdeploy.evaluation.accuracy import Evaluation
+from rxdeploy.evaluation.predictions import Predicted
+
+KIND: Literal["rxdeploy accuracy baseline"] = "rxdeploy accuracy baseline"
+_DIGITS = 16  # of the hexadecimal digest: of 50 000 images, two share them with a probability of 7e-11
+_MOST_BYTES = 1 << 30
+
+Key = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{16}\Z")]
+Class = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class Baseline(msgspec.Struct, frozen=True, kw_only=True):
+    """Predictions of one bundle, and of which; `right` and `right_in_top5` of `images` by the labels of that day."""
+
+    kind: Literal["rxdeploy accuracy baseline"] = KIND
+    schema: Literal[1] = 1
+    model: str
+    precision: str
+    weights: str
+    bundle: str  # the manifest's digest
+    device: str  # Session.description
+    rxdeploy: str = __version__
+    num_classes: Annotated[int, msgspec.Meta(ge=1)]
+    images: Annotated[int, msgspec.Meta(ge=1)]
+    right: Class
+    right_in_top5: Class
+    predictions: Annotated[dict[Key, Class], msgspec.Meta(min_length=1)]
+
+    def of(self, image: Predicted) -> int | None:
+        """The class that it gave to the image of another prediction; None when it has not seen it."""
+        return self.predictions.get(image.sha256[:_DIGITS])
+
+
+def from_evaluation(evaluation: Evaluation) -> Baseline:
+    """What is to be stored of an evaluation."""
+    manifest = evaluation.bundle.manifest
+    return Baseline(
+        model=manifest.model,
+        precision=manifest.precision,
+        weights=manifest.weights.source,
+        bundle=manifest.digest,
+        device=evaluation.description,
+        num_classes=manifest.num_classes,
+        images=evaluation.images,
+        right=evaluation.right,
+        right_in_top5=evaluation.right_in_top5,
+        predictions=dict(sorted((p.sha256[:_DIGITS], p.top[0]) for p in evaluation.predictions)),
+    )
+
+
+def read_baseline(path: Path) -> Baseline:
+    """The baseline in a file; InputError when it is none."""
+    try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise InputError(f"baseline {path}: more than 1 GiB is no baseline")
+        return msgspec.json.decode(path.read_bytes(), type=Baseline)
+    except FileNotFoundError:
+        raise InputError(
+            f"baseline {path}: no such file or bundle; `rxdeploy evaluate BUNDLE --data DIR --save-baseline {path}` "
+            "makes one"
+        ) from None
+    except OSError as error:
+        raise from_os_error(error, f"baseline {path}") from None
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError(
+            f"baseline {path}: neither a bundle nor a baseline ({error}); `rxdeploy evaluate BUNDLE --data DIR "
+            f"--save-baseline {path}` makes one"
+        ) from None
+
+
+def write_baseline(baseline: Baseline, path: Path) -> None:
+    """Write it, an image a line in the order of the digests, so that version control shows what changed."""
+    data = msgspec.json.format(msgspec.json.encode(baseline), indent=1)
+    try:
+        atomic.write_bytes(path, data + b"\n")
+    except OSError as error:
+        raise from_os_error(error, f"baseline {path}") from None
