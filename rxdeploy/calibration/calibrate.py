@@ -27,7 +27,10 @@ from rxdeploy.errors import InputError
 
 BATCH = 8
 _EQUALISED_ON = 16  # images, to find out whether it pays
-_WORTH = 0.02  # of the error: equalisation costs another pass
+_WORTH = 0.02  # of the error
+
+
+BothRanges = dict[SchemeName, dict[Method, dict[str, Range]]]
 
 
 class Progress(Protocol):
@@ -74,21 +77,21 @@ class Calibration:
 
     def run(self, scheme: SchemeName, weight_bits: int, options: CalibrationOptions) -> Record:
         """Gather, choose and correct."""
-        found = self._gather("ranges", {})
-        equalisation, trials = self._equalisation(found, scheme, weight_bits)
-        if equalisation:
-            found = self._gather("equalised", equalisation)
-        used = tensors(self.network, scheme)
-        ranges = {
-            method: {name: each[name] for name in used}
-            for method, each in all_ranges(found.histograms, scheme == "tensorrt").items()
+        equalisation, trials = self._equalisation(scheme, weight_bits)
+        found = self._gather(equalisation)
+        self._say("finding ranges")
+        both: BothRanges = {
+            "tensorrt": all_ranges(found.histograms, symmetric=True),
+            "onnxruntime": all_ranges(found.histograms, symmetric=False),
         }
+        used = tensors(self.network, scheme)
+        ranges = {method: {name: each[name] for name in used} for method, each in both[scheme].items()}
         say = self._say
         recipe, tried = choose(self.judge, ranges, scheme, weight_bits, options.method, equalisation, say)
         if options.keep:
             recipe = msgspec.structs.replace(recipe, keep=options.keep)
         recipe, corrected = correct(self.judge, self.network, recipe, self._first(), say)
-        return self._record(found, recipe, self.judge.error(recipe), [*trials, *tried, *corrected])
+        return self._record(found, both, recipe, self.judge.error(recipe), [*trials, *tried, *corrected])
 
     def images(self) -> tuple[Item, ...]:
         """Every image that was used."""
@@ -107,7 +110,7 @@ class Calibration:
 
         return itertools.chain(stream, (batch for _ in (0,) for batch in skipped()))
 
-    def _gather(self, name: str, equalisation: dict[str, list[float]]) -> Gathered:
+    def _gather(self, equalisation: dict[str, list[float]]) -> Gathered:
         begin, total = time.monotonic(), len(self._items)
 
         def progress(images: int) -> None:
@@ -116,33 +119,28 @@ class Calibration:
             self._progress(f"calibrating {images}/{total}, {rate:.1f} images/s, {left:.0f} s left", images / total)
 
         parameters = equalised(self.network, equalisation) if equalisation else None
-        return gather(self.network, self._batches(self._items), self._saved / f"{name}.npz", parameters, progress)
+        return gather(self.network, self._batches(self._items), self._saved / "gathered.npz", parameters, progress)
 
     def _first(self) -> NDArray[np.uint8]:
         batches = itertools.islice(self._stream(self._items), -(-_EQUALISED_ON // BATCH))
         return np.concatenate([batch.images for batch in batches])[:_EQUALISED_ON]
 
-    def _equalisation(
-        self, found: Gathered, scheme: SchemeName, bits: int
-    ) -> tuple[dict[str, list[float]], list[Trial]]:
+    def _equalisation(self, scheme: SchemeName, bits: int) -> tuple[dict[str, list[float]], list[Trial]]:
         """The factors, when ranges from a few images show that they lower the error."""
         self._say("trying equalisation")
-        tried = factors(self.network, found.maxima)
-        items, errors = self._items[:_EQUALISED_ON], []
-        for factor in ({}, tried):
-            parameters = equalised(self.network, factor) if factor else None
-            few = gather(self.network, self._stream(items), None, parameters)
+        errors: list[float] = []
+        tried: dict[str, list[float]] = {}
+        for again in (False, True):
+            parameters = equalised(self.network, tried) if again else None
+            few = gather(self.network, self._stream(self._items[:_EQUALISED_ON]), None, parameters)
             ranges = all_ranges(few.histograms, scheme == "tensorrt")["mse"]
             used = {name: ranges[name] for name in tensors(self.network, scheme)}
-            errors.append(self.judge.error(_plain(scheme, bits, used, factor)))
+            errors.append(self.judge.error(_plain(scheme, bits, used, tried), self.judge.halves()[0]))
+            tried = tried or factors(self.network, few.maxima)
         worth = errors[1] < errors[0] * (1 - _WORTH)
         return (tried if worth else {}), [Trial("equalisation (mse, a few images)", errors[1], worth)]
 
-    def _record(self, found: Gathered, recipe: Recipe, error: float, trials: list[Trial]) -> Record:
-        both: dict[SchemeName, dict[Method, dict[str, Range]]] = {
-            "tensorrt": all_ranges(found.histograms, symmetric=True),
-            "onnxruntime": all_ranges(found.histograms, symmetric=False),
-        }
+    def _record(self, found: Gathered, both: BothRanges, recipe: Recipe, error: float, trials: list[Trial]) -> Record:
         tensors = {
             name: TensorFacts(
                 low=histogram.low,

@@ -2,7 +2,8 @@
 
 Everything is judged by one number, the relative L2 error of the quantised network's logits against the float one's,
 in simulation (recipe.Quantised). A method for one kind of tensor, or a correction, is taken only where it lowers the
-error by more than `_WORTH` on one half of the held-out images and lowers it on the other half too.
+error by more than `_WORTH` on one half of the held-out images and lowers it on the other half too. Where there are many
+tensors of a kind the second best method overall is the only one tried for it: each trial is a run of the network.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from rxdeploy.calibration.weights import WeightScales
 from rxdeploy.export.validate import relative_l2
 
 _WORTH = 0.01
-_CORRECTED_ON = 16  # images; more changes nothing that can be measured, and all are in memory at once
+_CORRECTED_ON = 8  # images; more changes nothing that can be measured, and all are in memory at once
 Progress = Callable[[str], None]
 
 
@@ -97,21 +98,20 @@ def choose(
     errors: dict[Method, float] = {}
     for each in METHODS:
         progress(f"trying {each}")
-        errors[each] = judge.error(recipe(each))
+        errors[each] = judge.error(recipe(each), judge.halves()[0])
     best = min(METHODS, key=lambda each: (errors[each] != errors[each], errors[each]))
     trials += [Trial(each, errors[each], each == best) for each in METHODS]
     found = recipe(best)
-    others = sorted((each for each in METHODS if each != best), key=lambda each: errors[each])[:2]
+    other = min((each for each in METHODS if each != best), key=lambda each: errors[each])
     for kind, names in kinds(ranges[best]).items():
-        for other in others:
-            changed = dict.fromkeys(names, other)
-            tried = msgspec.structs.replace(
-                found,
-                methods=found.methods | changed,
-                ranges=found.ranges | ranges_as_data({name: ranges[other][name] for name in names}),
-            )
-            progress(f"trying {other} for {kind}")
-            found = _better(judge, found, tried, f"{other} for {kind}", trials)
+        changed = dict.fromkeys(names, other)
+        tried = msgspec.structs.replace(
+            found,
+            methods=found.methods | changed,
+            ranges=found.ranges | ranges_as_data({name: ranges[other][name] for name in names}),
+        )
+        progress(f"trying {other} for {kind}")
+        found = _better(judge, found, tried, f"{other} for {kind}", trials)
     return found, trials
 
 
@@ -126,7 +126,7 @@ def correct(
         judge, recipe, msgspec.structs.replace(recipe, weight_scales=scales), "weight scales by mse", trials
     )
     progress("trying bias correction")
-    bias = corrections(network, recipe, images[:_CORRECTED_ON])
+    bias = corrections(network, recipe, images[:_CORRECTED_ON], judge.cache)
     return _better(judge, recipe, msgspec.structs.replace(recipe, bias=bias), "bias correction", trials), trials
 
 

@@ -12,16 +12,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rxdeploy.calibration.network import Network, Steps
-from rxdeploy.calibration.recipe import Quantised, Recipe
+from rxdeploy.calibration.recipe import Quantised, Recipe, WeightCache
 
 
-def corrections(network: Network, recipe: Recipe, images: NDArray[np.uint8]) -> dict[str, list[float]]:
+def corrections(
+    network: Network, recipe: Recipe, images: NDArray[np.uint8], cache: WeightCache | None = None
+) -> dict[str, list[float]]:
     """What to add to each quantised convolution's bias, from a batch of images (n, size, size, 3)."""
+    cache = cache or WeightCache()
     exact = _Means()
-    parameters = Quantised(network, recipe).own  # equalised, in float
+    parameters = Quantised(network, recipe, cache).own  # equalised, in float
     exact.parameters = lambda layer, own: parameters.get(layer, own)  # type: ignore[method-assign]
     network.run(images, exact)
-    fixed = _Corrected(network, recipe, exact.means)
+    fixed = _Corrected(network, recipe, exact.means, cache)
     network.run(images, fixed)
     return {
         layer: [float(f"{value:.5g}") for value in shift.tolist()]
@@ -40,8 +43,8 @@ class _Means(Steps):
 
 
 class _Corrected(Quantised):
-    def __init__(self, network: Network, recipe: Recipe, means: dict[str, Tensor]) -> None:
-        super().__init__(network, recipe)
+    def __init__(self, network: Network, recipe: Recipe, means: dict[str, Tensor], cache: WeightCache) -> None:
+        super().__init__(network, recipe, cache)
         self._means = means
         self.shifts: dict[str, Tensor] = {}
 

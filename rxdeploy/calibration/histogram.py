@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 _SHIFT = 15  # of float32's 32 bits; what stays: sign, 8 of exponent, 8 of mantissa
-_BINS = 1 << 16  # for one sign
+_SMALLEST = 63 << 8  # the bin of 2^-64: everything smaller counts as zero
+_BINS = (1 << 16) - _SMALLEST  # for one sign
 _SAMPLED = 1 << 14  # values an image and tensor that are counted; of the extremes all are looked at
 _STEPS = (1, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61)
 
@@ -40,13 +41,13 @@ class Histogram:
         if not (math.isfinite(low) and math.isfinite(high)):
             raise ValueError("it has values that are NaN or infinite")
         self.low, self.high = min(self.low, low), max(self.high, high)
-        some = flat[:: _step(len(flat) / len(values), values.shape[1])]
-        counts = torch.bincount(_bins(some), minlength=2 * _BINS).numpy()
-        self.positive += counts[:_BINS]
-        if counts[_BINS:].any():
+        some = flat[:: _step(len(flat) / len(values), values.shape[1])].contiguous()
+        if low < 0:
             if self.negative is None:
                 self.negative = np.zeros(_BINS, np.int64)
-            self.negative += counts[_BINS:]
+            _count(-some[some < 0], self.negative)
+            some = some[some >= 0]
+        _count(some, self.positive)
 
     def merge(self, other: Histogram) -> None:
         """Count what `other` counted too."""
@@ -89,14 +90,16 @@ def _step(size: float, channels: int) -> int:
     return next((step for step in _STEPS if step >= wanted and (step == 1 or channels % step)), _STEPS[-1])
 
 
-def _bins(values: Tensor) -> Tensor:
-    bits = values.contiguous().view(torch.int32)
-    return (bits >> _SHIFT) & (2 * _BINS - 1)  # of a negative value, from _BINS on
+def _count(magnitudes: Tensor, counts: NDArray[np.int64]) -> None:
+    """Add to `counts`, which has _BINS, what bins these lie in."""
+    bins = ((magnitudes.view(torch.int32) >> _SHIFT) - _SMALLEST).clamp_(min=0)
+    found = torch.bincount(bins).numpy()
+    counts[: len(found)] += found
 
 
 def _side(counts: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     (bins,) = np.nonzero(counts)
-    edges = (bins.astype(np.uint32) << _SHIFT).view(np.float32).astype(np.float64)
-    widths = ((bins + 1).astype(np.uint32) << _SHIFT).view(np.float32) - edges
+    edges = ((bins + _SMALLEST).astype(np.uint32) << _SHIFT).view(np.float32).astype(np.float64)
+    widths = ((bins + _SMALLEST + 1).astype(np.uint32) << _SHIFT).view(np.float32) - edges
     # Zero's own bin is the only one where most values are its lower edge exactly: what ReLU gives.
     return np.where(bins == 0, 0.0, edges + widths / 2), counts[bins]
