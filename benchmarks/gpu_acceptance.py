@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_acceptance.py
 
-builds fp32 and fp16 bundles of the three models (or loads those under --bundles), compares what each plan computes
+builds fp32, fp16 and int8 bundles of the three models (or loads those under --bundles), compares what each plan gives
 with ONNX Runtime on the CPU, runs `pytest -m gpu`, and times the plan against PyTorch eager, torch.compile
 (max-autotune, which captures CUDA graphs) and ONNX Runtime's CUDA provider, in turns within one run, on arrays that
 lie on the device. It needs no network, and uses what is installed; what is not is listed with the reason. Writes
@@ -34,17 +34,19 @@ from rxdeploy.bench import counts as counting
 from rxdeploy.bench import machine
 from rxdeploy.bench.layers import layer_times
 from rxdeploy.cache import open_cache
-from rxdeploy.cards import find_card
+from rxdeploy.calibration.options import CalibrationOptions
+from rxdeploy.cards import ModelCard, find_card
 from rxdeploy.engines.bundle import MODEL, open_bundle
 from rxdeploy.engines.gpu import find_driver
 from rxdeploy.engines.options import EngineOptions, Profile
 from rxdeploy.errors import EnvironmentLacks, RxDeployError
+from rxdeploy.export.samples import noise, photographs
 from rxdeploy.export.synthetic import synthetic_weights
 from rxdeploy.export.validate import LIMITS, deviation, validation_samples, within
 from rxdeploy.pipeline import Pipeline, Request
 
 MODELS = ("gluon_resnext50_32x4d", "gluon_resnext101_32x4d", "gluon_resnext101_64x4d")
-PRECISIONS = ("fp32", "fp16")  # and int8 once there is such a bundle
+PRECISIONS = ("fp32", "fp16", "int8")
 ROUNDS = 5  # in which the contestants take turns
 LAYER_SECONDS = 1.0
 
@@ -130,12 +132,22 @@ def _bundles(
         for precision in precisions:
             path = Path("gpu-acceptance") / f"{model}-{precision}"
             click.echo(f"building {path}")
-            request = Request(
-                find_card(model), precision, "uint8", weights="synthetic", engine=EngineOptions(profiles=profiles)
-            )
+            card, options = find_card(model), EngineOptions(profiles=profiles)
+            calibration = _calibration(card, path.parent) if precision == "int8" else None
+            request = Request(card, precision, "uint8", weights="synthetic", engine=options, calibration=calibration)
             with open_cache() as cache:
                 Pipeline(request, cache).build(path, overwrite=True)
             yield model, precision, path
+
+
+def _calibration(card: ModelCard, folder: Path) -> CalibrationOptions:
+    """Of the photographs, turned and mirrored, and noise: as good as any for weights that were made up."""
+    photos = photographs(card)
+    turned = [view for each in (photos, photos[:, :, ::-1]) for view in (each, each[:, ::-1], each.swapaxes(1, 2))]
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{card.name}-calibration.npz"
+    np.savez(path, images=np.concatenate([*turned, noise(card, 8, 1)]))
+    return CalibrationOptions(data=path, method="mse")
 
 
 def examine(path: Path, sizes: tuple[int, ...], seconds: float, layers: bool) -> dict[str, Any]:

@@ -27,14 +27,15 @@ from rxdeploy.engines.bundle import Bundle, Precision, Tensor
 from rxdeploy.engines.flavours import FLAVOURS
 from rxdeploy.engines.gpu import find_driver
 from rxdeploy.engines.options import EngineOptions, Profile
-from rxdeploy.errors import RxDeployError, missing_module
+from rxdeploy.errors import EnvironmentLacks, RxDeployError, missing_module
 from rxdeploy.runtime.arrays import device_view
 from rxdeploy.runtime.cuda import Gpu
 from rxdeploy.runtime.lanes import PlanEngine
 from rxdeploy.runtime.onnxrt import CPU, CUDA, open_session
 from rxdeploy.runtime.session import Session
 
-_DTYPES: dict[Precision, type[np.floating]] = {"fp32": np.float32, "fp16": np.float16}
+# Of what goes into the product and comes out; an int8 plan's is float16 between its layers.
+_DTYPES: dict[Precision, type[np.floating]] = {"fp32": np.float32, "fp16": np.float16, "int8": np.float16}
 _SIDE_CPU, _SIDE_GPU = 2048, 8192  # of the square matrices
 _COPY_GPU = 1 << 30  # bytes
 _COPY_CPU = 128 << 20  # bytes at least, and 4 times the caches
@@ -75,7 +76,7 @@ class Prober:
     """
 
     def __init__(self, session: Session, ordinal: int) -> None:
-        precision = session.bundle.manifest.precision
+        precision = arithmetic(session)
         self._held = ExitStack()
         self._openers = (partial(_product, session, ordinal, precision, self._held), partial(_copying, session))
         self._probes: tuple[_Probe, ...] = ()
@@ -132,30 +133,60 @@ def device_name(session: Session, ordinal: int) -> str:
 # The matrix product
 
 
-def product_model(precision: Precision, side: int) -> bytes:
-    """An ONNX model ``c = a @ b`` of square matrices; `b` is a constant, as a model's weights are."""
+def arithmetic(session: Session) -> Precision:
+    """What the session computes its model in: of an int8 model, ONNX Runtime may compute in float between Q/DQ."""
+    manifest = session.bundle.manifest
+    if manifest.precision != "int8" or session.device == "tensorrt":
+        return manifest.precision
+    if session.device == "cuda":
+        return "fp32" if manifest.for_integers else "fp16"
+    return "int8" if manifest.for_integers else "fp32"
+
+
+def product_model(precision: Precision, side: int, on_cpu: bool = False) -> bytes:
+    """An ONNX model ``c = a @ b`` of square matrices; `b` is a constant, as a model's weights are.
+
+    In int8, `on_cpu` multiplies uint8 `a` by int8 `b` to int32; otherwise Q/DQ nodes stand around a float16 product,
+    as TensorRT takes them.
+    """
     try:
         import onnx
     except ModuleNotFoundError as error:
         raise missing_module(error) from None
-    dtype = np.dtype(_DTYPES[precision])
-    element = onnx.helper.np_dtype_to_tensor_dtype(dtype)
-    tensors = [onnx.helper.make_tensor_value_info(name, element, [side, side]) for name in ("a", "c")]
-    constant = onnx.numpy_helper.from_array(_matrix(side, dtype), "b")
-    node = onnx.helper.make_node("MatMul", ["a", "b"], ["c"], name="product")
-    graph = onnx.helper.make_graph([node], "product", tensors[:1], tensors[1:], [constant])
+    make, array = onnx.helper.make_node, onnx.numpy_helper.from_array
+    dtypes = [np.dtype(_DTYPES[precision])] * 2
+    nodes = [make("MatMul", ["a", "b"], ["c"], name="product")]
+    constants = [array(_matrix(side, np.dtype(np.int8) if precision == "int8" else dtypes[0]), "b")]
+    if precision == "int8" and on_cpu:
+        dtypes = [np.dtype(np.uint8), np.dtype(np.int32)]
+        nodes = [make("MatMulInteger", ["a", "b"], ["c"], name="product")]
+    elif precision == "int8":
+        constants += [array(np.asarray(1 / 127, np.float16), "scale"), array(np.asarray(0, np.int8), "zero")]
+        nodes = [
+            make("QuantizeLinear", ["a", "scale", "zero"], ["a8"]),
+            make("DequantizeLinear", ["a8", "scale", "zero"], ["a16"]),
+            make("DequantizeLinear", ["b", "scale", "zero"], ["b16"]),
+            make("MatMul", ["a16", "b16"], ["c"], name="product"),
+        ]
+    elements = map(onnx.helper.np_dtype_to_tensor_dtype, dtypes)
+    tensors = [
+        onnx.helper.make_tensor_value_info(name, element, [side, side])
+        for name, element in zip("ac", elements, strict=True)
+    ]
+    graph = onnx.helper.make_graph(nodes, "product", tensors[:1], tensors[1:], constants)
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
     return model.SerializeToString()
 
 
 def _matrix(side: int, dtype: np.dtype) -> NDArray:
-    return np.random.default_rng(0).uniform(-1, 1, (side, side)).astype(dtype)
+    random = np.random.default_rng(0)
+    if np.issubdtype(dtype, np.integer):
+        return random.integers(np.iinfo(dtype).min, np.iinfo(dtype).max, (side, side), dtype, endpoint=True)
+    return random.uniform(-1, 1, (side, side)).astype(dtype)
 
 
 def _product(session: Session, ordinal: int, precision: Precision, held: ExitStack) -> _Probe:
     """Operations a second of the product; what it needs is put into `held`."""
-    if precision not in _DTYPES:
-        return _Probe(None, f"not measured: there is no matrix product in {precision} yet")
     side = _SIDE_CPU if session.device == "cpu" else _SIDE_GPU
     if session.device == "tensorrt":
         timed, where = _plan_product(session, precision, side, held)
@@ -166,9 +197,10 @@ def _product(session: Session, ordinal: int, precision: Precision, held: ExitSta
 
 
 def _onnx_product(device: str, ordinal: int, precision: Precision, side: int) -> tuple[Callable[[], float], str]:
-    opened = open_session(product_model(precision, side), CPU if device == "cpu" else CUDA, ordinal)
-    matrix = _matrix(side, np.dtype(_DTYPES[precision]))
-    if device == "cpu":
+    on_cpu = device == "cpu"
+    opened = open_session(product_model(precision, side, on_cpu), CPU if on_cpu else CUDA, ordinal)
+    matrix = _matrix(side, np.dtype(np.uint8 if precision == "int8" else _DTYPES[precision]))
+    if on_cpu:
         aside = ", which computes float16 in float32 on most CPUs" if precision == "fp16" else ""
         return timer(lambda: opened.run(["c"], {"a": matrix})), f"on ONNX Runtime{aside}"
     import onnxruntime
@@ -234,6 +266,8 @@ def _torch_product(gpu: Gpu, precision: Precision, side: int) -> Callable[[], fl
         import torch
     except ModuleNotFoundError as error:
         raise missing_module(error) from None
+    if precision == "int8":
+        raise EnvironmentLacks("PyTorch has no public int8 product")
     torch.backends.cuda.matmul.allow_tf32 = False  # nothing here rounds float32 to it
     a = torch.rand((side, side), device=f"cuda:{gpu.ordinal}", dtype=getattr(torch, np.dtype(_DTYPES[precision]).name))
 

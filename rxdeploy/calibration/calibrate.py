@@ -26,7 +26,7 @@ from rxdeploy.datasets import Batch, Dataset, Item, Stream, listed, sample
 from rxdeploy.errors import InputError
 
 BATCH = 8
-_EQUALISED_ON = 16  # images, to find out whether it pays
+_EQUALISED_ON = 8  # images, to find out whether it pays
 _WORTH = 0.02  # of the error
 
 
@@ -91,7 +91,7 @@ class Calibration:
         if options.keep:
             recipe = msgspec.structs.replace(recipe, keep=options.keep)
         recipe, corrected = correct(self.judge, self.network, recipe, self._first(), say)
-        return self._record(found, both, recipe, self.judge.error(recipe), [*trials, *tried, *corrected])
+        return self._record(found, both, recipe, self.judge.verdict(recipe), [*trials, *tried, *corrected])
 
     def images(self) -> tuple[Item, ...]:
         """Every image that was used."""

@@ -22,7 +22,6 @@ from rxdeploy.calibration.network import Network, Steps
 from rxdeploy.calibration.options import METHODS, Method, MethodChoice, SchemeName
 from rxdeploy.calibration.ranges import Range
 from rxdeploy.calibration.recipe import Quantised, Recipe, WeightCache, logits, ranges_as_data
-from rxdeploy.calibration.weights import WeightScales
 from rxdeploy.export.validate import relative_l2
 
 _WORTH = 0.01
@@ -55,8 +54,12 @@ class Judge:
                 return error
         found = logits(self._network, Quantised(self._network, recipe, self.cache), self._images[part])
         error = relative_l2(found, self._exact[part])
-        self._known = [*self._known[-3:], (recipe, part, error)]
+        self._known = [*self._known[-7:], (recipe, part, error)]
         return error
+
+    def verdict(self, recipe: Recipe) -> float:
+        """The error on the half that only confirms choices."""
+        return self.error(recipe, self.halves()[1])
 
     def halves(self) -> tuple[slice, slice]:
         """The images that a choice is made on, and those that confirm it."""
@@ -96,12 +99,13 @@ def choose(
     if method != "auto":
         return recipe(method), trials
     errors: dict[Method, float] = {}
+    whole = {each: recipe(each) for each in METHODS}
     for each in METHODS:
         progress(f"trying {each}")
-        errors[each] = judge.error(recipe(each), judge.halves()[0])
+        errors[each] = judge.error(whole[each], judge.halves()[0])
     best = min(METHODS, key=lambda each: (errors[each] != errors[each], errors[each]))
     trials += [Trial(each, errors[each], each == best) for each in METHODS]
-    found = recipe(best)
+    found = whole[best]
     other = min((each for each in METHODS if each != best), key=lambda each: errors[each])
     for kind, names in kinds(ranges[best]).items():
         changed = dict.fromkeys(names, other)
@@ -118,13 +122,15 @@ def choose(
 def correct(
     judge: Judge, network: Network, recipe: Recipe, images: NDArray[np.uint8], progress: Progress
 ) -> tuple[Recipe, list[Trial]]:
-    """`recipe` with MSE weight scales and corrected biases, each where it lowers the error."""
+    """`recipe` with MSE weight scales and corrected biases, each where it lowers the error.
+
+    At 8 bits the scales are not tried: no channel's gained anything (see weights.py).
+    """
     trials: list[Trial] = []
-    scales: WeightScales = "mse"
-    progress("trying mse weight scales")
-    recipe = _better(
-        judge, recipe, msgspec.structs.replace(recipe, weight_scales=scales), "weight scales by mse", trials
-    )
+    if recipe.weight_bits < 8:
+        progress("trying mse weight scales")
+        scaled = msgspec.structs.replace(recipe, weight_scales="mse")
+        recipe = _better(judge, recipe, scaled, "weight scales by mse", trials)
     progress("trying bias correction")
     bias = corrections(network, recipe, images[:_CORRECTED_ON], judge.cache)
     return _better(judge, recipe, msgspec.structs.replace(recipe, bias=bias), "bias correction", trials), trials

@@ -85,7 +85,7 @@ def units(found: Range, symmetric: bool) -> Units:
 
 
 class Quantised(Steps):
-    """Runs a network as the quantised model computes it (its float parts in float32).
+    """Runs a network as the quantised model computes it (its float parts in float32). For one thread.
 
     `only`: no layers but these are quantised. `cache` spares rounding the weights again.
     """
@@ -95,6 +95,7 @@ class Quantised(Steps):
     ) -> None:
         self._symmetric = recipe.symmetric
         self._units = {name: units(recipe.range(name), recipe.symmetric) for name in recipe.ranges}
+        self._last: tuple[str, Tensor, Tensor] | None = None  # what was rounded last: its name, before and after
         self._keep, self._only = frozenset(recipe.keep), only if only is None else frozenset(only)
         self.own, rounded = (cache or WeightCache()).parameters(network, recipe)
         self._parameters = {
@@ -117,7 +118,10 @@ class Quantised(Steps):
         # For TensorRT every reader says for itself; on a CPU the tensor was rounded when it was computed.
         if not self.is_quantised(layer) or not (self._symmetric or self._only is not None):
             return value
-        return self._units[name].round(value)
+        # Up to three layers read a tensor, one after the other.
+        if self._last is None or self._last[0] != name or self._last[1] is not value:
+            self._last = name, value, self._units[name].round(value)
+        return self._last[2]
 
     def parameters(self, layer: str, own: Parameters) -> Parameters:
         return (self._parameters if self.is_quantised(layer) else self.own).get(layer, own)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -131,10 +130,35 @@ def test_copies_on_a_gpu_are_read_and_written(monkeypatch: pytest.MonkeyPatch) -
     assert peaks._copying(session).rate is None and "cuda-python" in peaks._copying(session).how
 
 
-def test_a_precision_without_a_product(session: Session) -> None:
-    assert peaks._product(session, 0, "int8", ExitStack()).how == (  # type: ignore[arg-type]
-        "not measured: there is no matrix product in int8 yet"
-    )
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_the_int8_product_is_one_of_integers(run_onnx: Callable, on_cpu: bool) -> None:
+    """On a CPU of ONNX Runtime's integers, and for a plan between Q/DQ nodes."""
+    model, b = peaks.product_model("int8", 24, on_cpu), peaks._matrix(24, np.dtype(np.int8)).astype(np.int64)
+    if on_cpu:
+        a = np.random.default_rng(1).integers(0, 256, (24, 24), np.uint8)
+        np.testing.assert_array_equal(run_onnx(model, a), a.astype(np.int64) @ b)
+    else:
+        integers = np.random.default_rng(1).integers(-127, 128, (24, 24))
+        scale = float(np.float16(1 / 127))
+        found = run_onnx(model, (integers * scale).astype(np.float16))
+        assert found.dtype == np.float16
+        np.testing.assert_allclose(found, integers @ b * scale**2, rtol=2e-3, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "scheme", "expected"),
+    [
+        ("fp16", "cpu", None, "fp16"),
+        ("int8", "tensorrt", "tensorrt", "int8"),
+        ("int8", "cpu", "onnxruntime", "int8"),
+        ("int8", "cpu", "tensorrt", "fp32"),  # rounded at Q/DQ, computed in float
+        ("int8", "cuda", "tensorrt", "fp16"),
+    ],
+)
+def test_what_a_model_is_computed_in(precision: str, device: str, scheme: str | None, expected: str) -> None:
+    manifest = SimpleNamespace(precision=precision, for_integers=scheme != "tensorrt")
+    session = SimpleNamespace(device=device, bundle=SimpleNamespace(manifest=manifest))
+    assert peaks.arithmetic(session) == expected  # type: ignore[arg-type]
 
 
 def test_caches_here(monkeypatch: pytest.MonkeyPatch) -> None:

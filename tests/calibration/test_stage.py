@@ -180,7 +180,7 @@ def test_an_interrupted_calibration_goes_on(
 
     def interrupted(self: Network, images: Any, steps: Any) -> Any:
         runs.append(type(steps).__name__)
-        if runs.count("_Gather") == 2 * 2 + 4:  # equalisation is tried on two batches, twice
+        if runs.count("_Gather") == 2 + 4:  # equalisation is tried on a batch, twice
             raise KeyboardInterrupt
         return real(self, images, steps)
 
@@ -191,7 +191,7 @@ def test_an_interrupted_calibration_goes_on(
     runs[:] = []
     monkeypatch.setattr(Network, "run", lambda self, *a: (runs.append(type(a[1]).__name__), real(self, *a))[1])
     found = calibration(request_for(), tmp_path)
-    assert runs.count("_Gather") == 2 * 2 + 2  # of five batches three were done
+    assert runs.count("_Gather") == 2 + 2  # of five batches three were done
     assert found == whole
     assert not list((tmp_path / "cache" / "calibrating").iterdir())
 

@@ -11,20 +11,21 @@ import numpy as np
 import pytest
 
 import rxdeploy
+from rxdeploy.calibration.options import CalibrationOptions
 from rxdeploy.cards import find_card
 from rxdeploy.engines.gpu import find_driver
 from rxdeploy.engines.options import EngineOptions, Profile
 
 pytestmark = pytest.mark.gpu
 SIZE, CLASSES = 64, 10
-TOLERANCE = {"fp32": 1e-4, "fp16": 5e-2}  # of rxdeploy.export.validate, relative L2
+TOLERANCE = {"fp32": 1e-4, "fp16": 5e-2, "int8": 2.5e-1}  # of rxdeploy.export.validate, relative L2
 
 
 def images(count: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (count, SIZE, SIZE, 3), np.uint8)
 
 
-@pytest.fixture(scope="module", params=["fp32", "fp16"])
+@pytest.fixture(scope="module", params=["fp32", "fp16", "int8"])
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The digits model with a plan that was built here."""
     if problem := find_driver().problem:
@@ -41,9 +42,13 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         pytest.skip(choice.reason)
     root = tmp_path_factory.mktemp("gpu")
     cache = Cache(root / "cache", limit=10**9)
-    Pipeline(Request(find_card("digits_resnext14_8x8d"), request.param, "uint8", engine=options), cache).build(
-        root / "bundle"
-    )
+    calibration = None
+    if request.param == "int8":
+        np.savez(root / "images.npz", images=images(32, 1))  # noise, as the tests run
+        calibration = CalibrationOptions(data=root / "images.npz")
+    card = find_card("digits_resnext14_8x8d")
+    made = Request(card, request.param, "uint8", engine=options, calibration=calibration)
+    Pipeline(made, cache).build(root / "bundle")
     cache.close()
     return root / "bundle"
 
