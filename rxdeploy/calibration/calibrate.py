@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -17,16 +18,17 @@ import rxdeploy
 from rxdeploy.calibration.choose import Judge, Trial, all_ranges, choose, correct
 from rxdeploy.calibration.equalise import equalised, factors
 from rxdeploy.calibration.gather import Gathered, gather
+from rxdeploy.calibration.methods import find_range
 from rxdeploy.calibration.network import FC, LOGITS, Network
 from rxdeploy.calibration.options import LEAST, CalibrationOptions, Method, SchemeName
 from rxdeploy.calibration.ranges import Range
 from rxdeploy.calibration.recipe import Recipe, ranges_as_data
 from rxdeploy.calibration.record import Data, Record, TensorFacts, TrialFacts, model_digest
 from rxdeploy.datasets import Batch, Dataset, Item, Stream, listed, sample
-from rxdeploy.errors import InputError
+from rxdeploy.errors import InputError, printable
 
 BATCH = 8
-_EQUALISED_ON = 8  # images, to find out whether it pays
+_MAX_BAD = 0.01  # of the images
 _WORTH = 0.02  # of the error
 
 
@@ -70,7 +72,12 @@ class Calibration:
         self._skipped: dict[str, str] = {}
         held = held_out(len(items))
         self._items, self._held_items = tuple(items[:-held]), tuple(items[-held:])
-        batches = list(self._stream(self._held_items))
+        self._allowed = max(1, int(_MAX_BAD * len(items)))
+        batches = list(self._batches(self._held_items))
+        if not batches:
+            raise InputError(
+                f"data {dataset.root}: none of the {held} images held out can be decoded; use another --seed"
+            )
         self.held: NDArray[np.uint8] = np.concatenate([batch.images for batch in batches])
         self._held_digests = [digest for batch in batches for digest in batch.digests]
         self.judge = Judge(network, self.held)
@@ -97,18 +104,23 @@ class Calibration:
         """Every image that was used."""
         return self._items + self._held_items
 
-    def _stream(self, items: Sequence[Item]) -> Stream:
-        # A few bad ones are skipped wherever they fall: the share that is too many is of all.
-        return Stream(self._dataset, items, BATCH, self.network.card.input)
+    def _batches(self, items: Sequence[Item]) -> Iterator[Batch]:
+        """`items` without those that cannot be decoded; InputError when of all images more than a share cannot."""
+        # However many of this part are bad: the share is of all.
+        stream = Stream(self._dataset, items, BATCH, self.network.card.input, max_bad=1)
+        for batch in stream:
+            self._skip(stream)
+            yield batch
+        self._skip(stream)
 
-    def _batches(self, items: Sequence[Item]) -> itertools.chain[Batch]:
-        stream = self._stream(items)
-
-        def skipped() -> list[Batch]:
-            self._skipped |= {item.name: reason for item, reason in stream.skipped}
-            return []
-
-        return itertools.chain(stream, (batch for _ in (0,) for batch in skipped()))
+    def _skip(self, stream: Stream) -> None:
+        self._skipped |= {item.name: reason for item, reason in stream.skipped}
+        if len(self._skipped) > self._allowed:
+            name, reason = next(iter(self._skipped.items()))
+            raise InputError(
+                f"data {self._dataset.root}: more than {self._allowed} of {len(self.images())} images cannot be "
+                f"decoded, {printable(name)} first: {reason}"
+            )
 
     def _gather(self, equalisation: dict[str, list[float]]) -> Gathered:
         begin, total = time.monotonic(), len(self._items)
@@ -119,26 +131,27 @@ class Calibration:
             self._progress(f"calibrating {images}/{total}, {rate:.1f} images/s, {left:.0f} s left", images / total)
 
         parameters = equalised(self.network, equalisation) if equalisation else None
-        return gather(self.network, self._batches(self._items), self._saved / "gathered.npz", parameters, progress)
+        tag = hashlib.sha256(json.dumps(equalisation).encode()).hexdigest()
+        saved = self._saved / "gathered.npz"
+        return gather(self.network, self._batches(self._items), saved, parameters, progress, tag)
 
     def _first(self) -> NDArray[np.uint8]:
-        batches = itertools.islice(self._stream(self._items), -(-_EQUALISED_ON // BATCH))
-        return np.concatenate([batch.images for batch in batches])[:_EQUALISED_ON]
+        return next(iter(self._batches(self._items))).images
 
     def _equalisation(self, scheme: SchemeName, bits: int) -> tuple[dict[str, list[float]], list[Trial]]:
-        """The factors, when ranges from a few images show that they lower the error."""
+        """The factors, when ranges from one batch of images show that they lower the error."""
         self._say("trying equalisation")
         errors: list[float] = []
         tried: dict[str, list[float]] = {}
         for again in (False, True):
             parameters = equalised(self.network, tried) if again else None
-            few = gather(self.network, self._stream(self._items[:_EQUALISED_ON]), None, parameters)
-            ranges = all_ranges(few.histograms, scheme == "tensorrt")["mse"]
-            used = {name: ranges[name] for name in tensors(self.network, scheme)}
+            few = gather(self.network, itertools.islice(self._batches(self._items), 1), None, parameters)
+            histograms, symmetric = few.histograms, scheme == "tensorrt"
+            used = {name: find_range(histograms[name], "mse", symmetric) for name in tensors(self.network, scheme)}
             errors.append(self.judge.error(_plain(scheme, bits, used, tried), self.judge.halves()[0]))
             tried = tried or factors(self.network, few.maxima)
         worth = errors[1] < errors[0] * (1 - _WORTH)
-        return (tried if worth else {}), [Trial("equalisation (mse, a few images)", errors[1], worth)]
+        return (tried if worth else {}), [Trial("equalisation (mse, a batch of images)", errors[1], worth)]
 
     def _record(self, found: Gathered, both: BothRanges, recipe: Recipe, error: float, trials: list[Trial]) -> Record:
         tensors = {
@@ -178,8 +191,8 @@ class Calibration:
 
 
 def held_out(count: int) -> int:
-    """How many of `count` images are held out for choosing between methods: an eighth, at most 32."""
-    return max(1, min(32, count // 8))
+    """How many of `count` images are held out for choosing between methods: a quarter, at most 24."""
+    return max(1, min(24, count // 4))
 
 
 def tensors(network: Network, scheme: SchemeName) -> list[str]:

@@ -31,6 +31,7 @@ _SAVE_SECONDS = 20.0
 class Gathered:
     """What a pass found so far."""
 
+    tag: str = ""  # what the network was when it ran: which equalisation
     images: int = 0
     content: str = ""  # sha256 over the digests of the images, in order
     histograms: dict[str, Histogram] = field(default_factory=dict)
@@ -42,7 +43,7 @@ class Gathered:
             f"{name}|{key}": a for name, h in self.histograms.items() for key, a in h.sparse().items()
         }
         arrays |= {f"{name}|maxima": array for name, array in self.maxima.items()}
-        arrays |= {"images": np.array(self.images), "content": np.array(self.content)}
+        arrays |= {"tag": np.array(self.tag), "images": np.array(self.images), "content": np.array(self.content)}
         with atomic.new_file(path) as temporary, temporary.open("wb") as file:
             np.savez_compressed(file, **arrays)
 
@@ -58,7 +59,7 @@ class Gathered:
                         parts.setdefault(tensor, {})[key] = arrays[name]
                 maxima = {name: part.pop("maxima") for name, part in parts.items() if "maxima" in part}
                 histograms = {name: Histogram.from_sparse(part) for name, part in parts.items()}
-                return cls(int(arrays["images"]), str(arrays["content"]), histograms, maxima)
+                return cls(str(arrays["tag"]), int(arrays["images"]), str(arrays["content"]), histograms, maxima)
         except Exception:  # absent, cut off or from elsewhere: np.load raises whatever its parts do
             return cls()
 
@@ -69,13 +70,16 @@ def gather(
     saved: Path | None = None,
     parameters: dict[str, Parameters] | None = None,
     progress: Callable[[int], None] = lambda images: None,
+    tag: str = "",
 ) -> Gathered:
     """Run the float network over all `batches`; `parameters` replace its own. CheckFailed for NaN activations.
 
-    With `saved`, what an earlier pass over the same images left there is not computed again; the caller sees to it
-    that they are the same, and removes the file.
+    With `saved`, what an earlier pass over the same images left there, with the same `tag`, is not computed again; the
+    caller sees to it that the images are the same, and removes the file.
     """
-    found = Gathered.load(saved) if saved else Gathered()
+    found = Gathered.load(saved) if saved else Gathered(tag)
+    if found.tag != tag:
+        found = Gathered(tag)
     steps, seen, since = _Gather(network, found, parameters), 0, time.monotonic()
     for batch in batches:
         seen += len(batch.items)

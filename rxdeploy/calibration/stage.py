@@ -121,7 +121,7 @@ class CalibrationStage:
         if self._dataset is None:
             raise InputError("sensitivity needs images: --calibration-data FOLDER")
         items = self._items[-_SENSITIVITY_ON:]
-        return np.concatenate([batch.images for batch in Stream(self._dataset, items, 8, self._card.input)])
+        return np.concatenate([batch.images for batch in Stream(self._dataset, items, 8, self._card.input, max_bad=1)])
 
     def _calibration(self, network: Network, saved: Path) -> Calibration:
         from rxdeploy.calibration.calibrate import Calibration

@@ -82,9 +82,9 @@ def test_parts_add_up_and_a_file_keeps_them(kind: str, tmp_path: Path) -> None:
     first, second = draw(kind, 1), draw(kind, 2)
     whole, merged = histogram(first, second), histogram(first)
     merged.merge(histogram(second))
-    Gathered(8, "abc", {"x": merged}, {"x": np.ones(3, np.float32)}).save(tmp_path / "saved.npz")
+    Gathered("tag", 8, "abc", {"x": merged}, {"x": np.ones(3, np.float32)}).save(tmp_path / "saved.npz")
     loaded = Gathered.load(tmp_path / "saved.npz")
-    assert (loaded.images, loaded.content, list(loaded.maxima["x"])) == (8, "abc", [1, 1, 1])
+    assert (loaded.tag, loaded.images, loaded.content, list(loaded.maxima["x"])) == ("tag", 8, "abc", [1, 1, 1])
     for found in (merged, loaded.histograms["x"]):
         assert (found.low, found.high) == (whole.low, whole.high)
         for a, b in zip(found.values(), whole.values(), strict=True):

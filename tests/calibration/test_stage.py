@@ -191,7 +191,7 @@ def test_an_interrupted_calibration_goes_on(
     runs[:] = []
     monkeypatch.setattr(Network, "run", lambda self, *a: (runs.append(type(a[1]).__name__), real(self, *a))[1])
     found = calibration(request_for(), tmp_path)
-    assert runs.count("_Gather") == 2 + 2  # of five batches three were done
+    assert runs.count("_Gather") == 2 + 1  # of four batches three were done
     assert found == whole
     assert not list((tmp_path / "cache" / "calibrating").iterdir())
 
@@ -203,9 +203,8 @@ def test_bad_images_are_skipped_and_named(request_for: Callable[..., Request], d
     ((name, reason),) = found["data"]["skipped"]
     assert name == f"3/{victim.name}" and reason
     assert found["data"]["images"] + found["data"]["held_out"] == 119
-    for path in sorted((data / "4").glob("*.png"))[:8]:
-        path.write_bytes(b"not an image")
-    with pytest.raises(InputError, match="cannot be decoded"):
+    sorted((data / "4").glob("*.png"))[0].write_bytes(b"not an image")
+    with pytest.raises(InputError, match=r"more than 1 of 120 images cannot be decoded, [34]/.*\.png first: "):
         calibration(request_for(images=120), tmp_path)
 
 
@@ -225,7 +224,7 @@ def test_a_list_of_images(request_for: Callable[..., Request], data: Path, tmp_p
     file = tmp_path / "list.txt"
     file.write_text("\n".join(names) + "\n")
     found = calibration(request_for(listed=file), tmp_path)
-    assert (found["data"]["images"], found["data"]["held_out"], found["data"]["seed"]) == (21, 3, None)
+    assert (found["data"]["images"], found["data"]["held_out"], found["data"]["seed"]) == (18, 6, None)
     file.write_text("nowhere.png\n")
     with pytest.raises(InputError, match=r"nowhere\.png"):
         calibration(request_for(listed=file), tmp_path)
@@ -305,4 +304,4 @@ def test_it_is_validated_on_the_images_held_out(
     """The usual photographs are nothing that a model for digits is calibrated for."""
     bundle, _ = build(request_for(images=64), tmp_path)
     (figures,) = bundle.manifest.validation["providers"].values()
-    assert figures["held out"]["images"] == 3 * 8 and figures["all"]["relative_l2"] < 0.03
+    assert figures["held out"]["images"] == 3 * 16 and figures["all"]["relative_l2"] < 0.03
