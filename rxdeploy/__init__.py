@@ -1,4 +1,7 @@
-"""Compiles the Gluon ResNeXt classifiers to validated ONNX models and TensorRT engines, and runs them."""
+"""Compiles the Gluon ResNeXt classifiers to validated ONNX models and TensorRT engines, and runs them.
+
+PYTEST_DONT_REWRITE, which pytest looks for: our own asserts are no tests, and may be imported before its plugins.
+"""
 
 from __future__ import annotations
 

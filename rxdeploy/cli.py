@@ -574,20 +574,22 @@ def bench(
     metavar="FILE",
     help="Store the result as a baseline to commit (JSON).",
 )
+@click.option(
+    "--too-few",
+    type=click.Choice(["warn", "fail"]),
+    default="warn",
+    show_default=True,
+    help="What to do when the images are too few to tell.",
+)
 @json_option
-def evaluate(bundle: Path, save_baseline: Path | None, as_json: bool, **choices: Any) -> None:
+def evaluate(bundle: Path, as_json: bool, **choices: Any) -> None:
     """Measure a bundle's accuracy, and whether it dropped against a baseline's."""
-    from rxdeploy.evaluation import assess, facts, report, write_baseline
-    from rxdeploy.evaluation.baseline import from_evaluation
+    from rxdeploy.evaluation import assess, facts, report
     from rxdeploy.evaluation.progress import EvaluationProgress
 
-    if save_baseline:
-        _refuse_existing(save_baseline, overwrite=True)
     with EvaluationProgress() as progress:
         found = assess(bundle, progress=progress, **choices)
     weights, verdict = found.evaluation.bundle.manifest.weights, found.verdict
-    if save_baseline:
-        write_baseline(from_evaluation(found.evaluation), save_baseline)
     _warn_synthetic(weights.kind, weights.source)
     for note in found.evaluation.dataset.notes:
         click.echo(note, err=True)
@@ -597,7 +599,11 @@ def evaluate(bundle: Path, save_baseline: Path | None, as_json: bool, **choices:
         click.echo(report.headline(found))
         for table in report.tables(found):
             _print(table)
-    if verdict and verdict.outcome == "fail":
+    for doubt in found.doubts:
+        click.echo(f"WARNING: {doubt}", err=True)
+    if choices["save_baseline"] and not found.stored:
+        click.echo(f"not stored as a baseline: {choices['save_baseline']}, since the check failed", err=True)
+    if verdict and verdict.fails(choices["too_few"]):
         raise CheckFailed(verdict.text)
     if verdict and verdict.outcome != "pass":
         click.echo(f"WARNING: {verdict.text}", err=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rxdeploy.datasets.dataset import Dataset, Item, base_name
+from rxdeploy.datasets.dataset import Dataset, Item, base_name, same_folders
 from rxdeploy.datasets.textfile import read_lines, split_line
 from rxdeploy.errors import InputError, printable
 
@@ -20,6 +20,8 @@ def sample(dataset: Dataset, count: int, seed: int = 0) -> tuple[Item, ...]:
     """
     if count < 1:
         raise InputError(f"a sample of {count} images: it must be at least 1")
+    if seed < 0:
+        raise InputError(f"seed {seed}: it must be at least 0")
     items = dataset.items
     # The bit generator's stream is guaranteed by NumPy; its distributions' are not.
     bits = np.random.PCG64(seed)
@@ -42,11 +44,16 @@ def _strata(items: tuple[Item, ...]) -> np.ndarray:
     return np.array([number[key] for key in keys])
 
 
+def _matches(name: str, by_base: dict[str, list[Item]]) -> list[Item]:
+    return [item for item in by_base.get(base_name(name), []) if same_folders(name, item.name)]
+
+
 def listed(dataset: Dataset, file: Path) -> tuple[Item, ...]:
     """The images that a text file names, in its order: an item's name or base name a line.
 
-    "name label" lines are taken too, as MLPerf publishes them; a numeric label must be the image's. InputError for a
-    name that is not in the data set or fits several images, one that comes twice, and a list without names.
+    Folders before a base name must be the item's, as far as both have them. "name label" lines are taken too, as
+    MLPerf publishes them; a numeric label must be the image's. InputError for a name that is not in the data set or
+    fits several images, one that comes twice, and a list without names.
     """
     by_name = {item.name: item for item in dataset.items}
     by_base: dict[str, list[Item]] = {}
@@ -57,7 +64,7 @@ def listed(dataset: Dataset, file: Path) -> tuple[Item, ...]:
     for line in read_lines(file, "list"):
         name, label = (line, None) if line in by_name or line in by_base else split_line(line)
         name = name.removeprefix("./")
-        matches = [by_name[name]] if name in by_name else by_base.get(base_name(name), [])
+        matches = [by_name[name]] if name in by_name else _matches(name, by_base)
         if len(matches) > 1:
             raise InputError(f"list {file}: {printable(name)} fits {len(matches)} images; give its folder too")
         if not matches:

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,14 +84,13 @@ class Dataset:
     def fingerprint(self, items: Iterable[Item] | None = None) -> str:
         """sha256 over names, labels, sizes and stamps of `items` in their order, of all when None.
 
-        It tells whether anything has changed without reading the images; of arrays, which have no time of change,
-        the content is in it.
+        It tells whether anything has changed without reading the images; of arrays, which are in memory anyway, the
+        content is in it instead of the file's time of change.
         """
         digest = hashlib.sha256()
         for item in self.items if items is None else items:
-            facts = [item.name, item.label, item.size, item.stamp]
-            if self.layout == "arrays":
-                facts.append(digest_of(self.read(item)))
+            facts: list[Any] = [item.name, item.label, item.size]
+            facts += [0, digest_of(self.read(item))] if self.layout in ("arrays", "npz") else [item.stamp]
             digest.update(json.dumps(facts).encode() + b"\n")
         return digest.hexdigest()
 
@@ -126,6 +125,15 @@ def _name(item: Item) -> str:
 def base_name(name: str) -> str:
     """The last part of an item's name."""
     return name.rpartition("/")[2]
+
+
+def same_folders(written: str, name: str) -> bool:
+    """Whether what a file calls an image may be the item `name`, by the folders that both have, from the last one up.
+
+    A path from above the data's folder ("/data/val/a/1.png" of "a/1.png"), or from within it, may; "b/1.png" not.
+    """
+    folders = ([part for part in path.split("/")[:-1] if part not in ("", ".")] for path in (written, name))
+    return all(one == other for one, other in zip(*map(reversed, folders), strict=False))
 
 
 def digest_of(image: bytes | NDArray[np.uint8]) -> str:

@@ -7,8 +7,10 @@ for indices they would give an accuracy near chance, so without a file that says
 
 from __future__ import annotations
 
+import lzma
 import re
 import tarfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -47,7 +49,7 @@ def read_kit(path: Path) -> tuple[list[str], dict[int, str]]:
                 if file is None:
                     raise InputError(f"labels {path}: no {name} in it, so not the ILSVRC2012 development kit")
                 content[name] = file.read(MOST_BYTES)
-    except (tarfile.TarError, EOFError) as error:
+    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise InputError(f"labels {path}: cannot be read as a tar: {first_line(error)}") from None
     except OSError as error:
         raise from_os_error(error, f"reading labels {path}") from None

@@ -63,7 +63,7 @@ def list_folder(root: Path) -> Listing:
     tars: list[str] = []
     images: list[tuple[str, int, int]] = []
     others = 0
-    for name, entry in _walk(root, "", ()):
+    for name, entry in _walk(root):
         if entry is None:
             folders.append(name)
         elif is_image_name(name):
@@ -79,31 +79,58 @@ def list_folder(root: Path) -> Listing:
     return Listing(tuple(sorted(folders)), tuple(sorted(images)), others, tuple(sorted(tars)))
 
 
-def _walk(
-    folder: Path, prefix: str, above: tuple[tuple[int, int], ...]
-) -> Iterator[tuple[str, os.DirEntry[str] | None]]:
-    """Names from the root with their entries; the folders directly in the root with None."""
-    try:
-        here = folder.stat()
-        if (here.st_dev, here.st_ino) in above:
-            return  # a link to a folder that we are in
-        with os.scandir(folder) as entries:
-            found = [entry for entry in entries if not entry.name.startswith(".")]
-    except OSError as error:
-        raise from_os_error(error, f"reading data {folder}") from None
-    above = (*above, (here.st_dev, here.st_ino))
-    for entry in found:
-        name = prefix + entry.name
+def _walk(root: Path) -> Iterator[tuple[str, os.DirEntry[str] | None]]:
+    """Names from the root with their entries; the folders directly in the root with None. Not recursive: a tree may be
+    deeper than Python's stack.
+    """
+    # Folders to read, with those that they lie in, as a linked list.
+    left: list[tuple[str, _Above | None]] = [("", None)]
+    while left:
+        prefix, above = left.pop()
+        folder = root / prefix
         try:
-            name.encode()
-        except UnicodeEncodeError:
-            raise InputError(f"data {folder}: the file name {name!r} is not UTF-8; rename it") from None
-        if _is_folder(entry):
-            if not prefix:
-                yield name, None
-            yield from _walk(folder / entry.name, f"{name}/", above)
-        else:
-            yield name, entry
+            here = _Above(*_identity(folder), above)
+            if above is not None and above.holds(here):
+                continue  # a link to a folder that we are in
+            with os.scandir(folder) as entries:
+                found = [entry for entry in entries if not entry.name.startswith(".")]
+        except OSError as error:
+            raise from_os_error(error, f"reading data {root}") from None
+        for entry in found:
+            name = prefix + entry.name
+            try:
+                name.encode()
+            except UnicodeEncodeError:
+                raise InputError(f"data {folder}: the file name {name!r} is not UTF-8; rename it") from None
+            if _is_folder(entry):
+                if not prefix:
+                    yield name, None
+                left.append((f"{name}/", here))
+            else:
+                yield name, entry
+
+
+@dataclass(frozen=True)
+class _Above:
+    """A folder, by device and number, and the one that it was found in."""
+
+    device: int
+    number: int
+    above: _Above | None
+
+    def holds(self, other: _Above) -> bool:
+        """Whether `other` is this folder or one above it."""
+        at: _Above | None = self
+        while at is not None:
+            if (at.device, at.number) == (other.device, other.number):
+                return True
+            at = at.above
+        return False
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    facts = folder.stat()
+    return facts.st_dev, facts.st_ino
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -1,7 +1,8 @@
 """Labels files: which class each image has.
 
 The file names images; an image of the data set is found by its name, its base name, or its base name without the
-ending, in this order. No file is opened because a labels file names it.
+ending, in this order. Folders before a base name must be the image's, as far as both have them. No file is opened
+because a labels file names it.
 """
 
 from __future__ import annotations
@@ -13,15 +14,16 @@ from pathlib import Path
 
 from rxdeploy.datasets import devkit
 from rxdeploy.datasets.classes import class_indices, is_number
-from rxdeploy.datasets.dataset import base_name
+from rxdeploy.datasets.dataset import base_name, same_folders
 from rxdeploy.datasets.folders import is_image_name
 from rxdeploy.datasets.textfile import read_lines, split_line
-from rxdeploy.errors import InputError, printable
+from rxdeploy.errors import InputError, from_os_error, printable
 
 # Of the columns of a CSV file with a header, lower case.
 _NAME_COLUMNS = ("filename", "file_name", "file", "image", "image_name", "imageid", "image_id", "name", "path", "id")
 _LABEL_COLUMNS = ("label", "labels", "class", "class_id", "class_name", "wnid", "synset", "category", "target")
 _KAGGLE_COLUMN = "predictionstring"  # of LOC_val_solution.csv: "n03995372 85 1 499 272": WordNet id, box
+_NAMES, _LABELS = frozenset(_NAME_COLUMNS), frozenset((*_LABEL_COLUMNS, _KAGGLE_COLUMN))
 _WORDNET_ID_FIRST = re.compile(r"(n\d{8})\s.*")
 
 
@@ -33,8 +35,13 @@ def label_images(
     `what` begins errors about the data set. InputError for a file that cannot be read as one of the forms in
     docs/datasets.md, leaves an image out, or does not fit a model of `num_classes` classes.
     """
-    if not file.exists():
-        raise InputError(f"labels file {file}: no such file")
+    try:
+        if not file.exists():
+            raise InputError(f"labels file {file}: no such file")
+        if not file.is_file() and not file.is_dir():
+            raise InputError(f"labels file {file}: neither a plain file nor a folder")
+    except OSError as error:
+        raise from_os_error(error, f"labels file {file}") from None
     notes: list[str] = []
     if devkit.is_kit(file):
         truth, order = devkit.read_kit(file)
@@ -59,7 +66,7 @@ def _indices(
     labels: list[str], num_classes: int, class_names: Sequence[str] | None, what: str
 ) -> tuple[list[int], str]:
     distinct = set(labels)
-    indices, order = class_indices(distinct, distinct, num_classes, class_names, what)
+    indices, order = class_indices(distinct, distinct, num_classes, class_names, what, folders=False)
     return [indices[label] for label in labels], order
 
 
@@ -74,9 +81,7 @@ def _of_kit(names: Sequence[str], truth: Sequence[str], order: dict[int, str], f
 
 def _rows(lines: Sequence[str], file: Path, names: Sequence[str]) -> list[tuple[str, str]]:
     """Name and label of each line of the file, the header left out."""
-    # A comma before the name's ending belongs to the name, one after a space to the label.
-    comma = file.suffix.lower() == ".csv" or all(is_image_name(line.partition(",")[0].strip('" ')) for line in lines)
-    if not comma:
+    if not (file.suffix.lower() == ".csv" or _has_commas(lines)):
         pairs = [split_line(line) for line in lines]
         if any(label is None for _, label in pairs):
             line = next(line for line, (_, label) in zip(lines, pairs, strict=True) if label is None)
@@ -89,6 +94,8 @@ def _rows(lines: Sequence[str], file: Path, names: Sequence[str]) -> list[tuple[
     except csv.Error as error:
         raise InputError(f"labels file {file}: cannot be read as CSV: {error}") from None
     name_column, label_column, table = _columns(table, file, names)
+    if not table:
+        raise InputError(f"labels file {file}: a header and no lines below it; those are file name, label")
     rows = []
     for row in table:
         if len(row) <= max(name_column, label_column) or not row[label_column]:
@@ -96,6 +103,18 @@ def _rows(lines: Sequence[str], file: Path, names: Sequence[str]) -> list[tuple[
         label = _WORDNET_ID_FIRST.fullmatch(row[label_column])
         rows.append((row[name_column], label[1] if label else row[label_column]))
     return rows
+
+
+def _has_commas(lines: Sequence[str]) -> bool:
+    """Whether it is CSV in a file of another ending. A comma before the name's ending may belong to the name, one
+    after a space to the label; so it is one below a known header, or with a name before it in every line.
+    """
+    header = [cell.strip('" ').lower() for cell in lines[0].split(",")]
+    if not _NAMES.isdisjoint(header) and not _LABELS.isdisjoint(header):
+        return True
+    # The first line may be a header in words of its own.
+    rest = lines[1:] if len(lines) > 1 and "," in lines[0] else lines
+    return all(is_image_name(line.partition(",")[0].strip('" ')) for line in rest)
 
 
 def _columns(table: list[list[str]], file: Path, names: Sequence[str]) -> tuple[int, int, list[list[str]]]:
@@ -161,7 +180,7 @@ class _Finder:
         path = written.replace("\\", "/").removeprefix("./")
         if path in self._full:
             return path
-        found = self._short.get(base_name(path), [])
+        found = [name for name in self._short.get(base_name(path), []) if same_folders(path, name)]
         if len(found) > 1:
             raise InputError(
                 f"labels file {file}: {printable(written)} fits {len(found)} images, {printable(found[0])} and "

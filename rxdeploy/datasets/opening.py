@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from rxdeploy.datasets.arrays import open_npz
-from rxdeploy.datasets.classes import class_indices, known_classes
+from rxdeploy.datasets.classes import SORTED, class_indices, known_classes
 from rxdeploy.datasets.dataset import Dataset, Item, Layout, Source
 from rxdeploy.datasets.folders import FolderSource, Listing, list_folder
 from rxdeploy.datasets.labels import label_images
 from rxdeploy.datasets.tars import Members, index_tar, index_tars
-from rxdeploy.errors import InputError, printable
+from rxdeploy.errors import InputError, from_os_error, printable
 
 
 def open_dataset(
@@ -31,17 +31,20 @@ def open_dataset(
     With `labelled` False images need no classes, and have them only where labels are given or names tell. InputError
     for what is none of these, has no images, or does not fit a model of `num_classes` classes.
     """
-    if not path.exists():
-        raise InputError(f"data {path}: no such file or folder")
+    try:
+        if not path.exists():
+            raise InputError(f"data {path}: no such file or folder")
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise from_os_error(error, f"data {path}") from None
     opening = _Opening(path, num_classes, class_names, labels, labelled)
     if path.is_dir():
         return opening.folder(list_folder(path))
+    if not path.is_file():
+        raise InputError(f"data {path}: neither a folder nor a plain file")  # reading a pipe might never end
     if path.suffix.lower() == ".npz":
         if labels:
             raise InputError(f"data {path}: an .npz file has its labels in it; leave {labels} out")
         return open_npz(path, num_classes, labelled)
-    if not path.is_file():
-        raise InputError(f"data {path}: neither a folder nor a plain file")
     return opening.tar(index_tar(path))
 
 
@@ -116,6 +119,11 @@ class _Opening:
         elif self.labelled:
             raise InputError(
                 f"data {self.path}: {len(names)} images and no class folders; give their classes in a labels file"
+            )
+        if order == SORTED:
+            self.notes.append(
+                f"data {self.path}: nothing says which of its {self.num_classes} classes is which of the model's; "
+                "taken in the sorted order of their names"
             )
         items = tuple(Item(name, label, size, stamp) for (name, size, stamp), label in zip(facts, labels, strict=True))
         return Dataset(self.path, layout, items, self.num_classes, source, order, tuple(self.notes))

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rxdeploy.evaluation.accuracy import Evaluation, evaluate
     from rxdeploy.evaluation.assessment import Assessment, assess
     from rxdeploy.evaluation.baseline import Baseline, read_baseline, write_baseline
-    from rxdeploy.evaluation.drop import AccuracyDrop, Comparison, TooFewImages, compare
+    from rxdeploy.evaluation.drop import AccuracyDrop, Comparison, DoubtfulFigures, TooFewImages, compare
     from rxdeploy.evaluation.regression import assert_no_drop
 
 _HOME = {
@@ -24,6 +24,7 @@ _HOME = {
     "write_baseline": "baseline",
     "AccuracyDrop": "drop",
     "Comparison": "drop",
+    "DoubtfulFigures": "drop",
     "TooFewImages": "drop",
     "compare": "drop",
     "Evaluation": "accuracy",
@@ -35,6 +36,7 @@ __all__ = [
     "Assessment",
     "Baseline",
     "Comparison",
+    "DoubtfulFigures",
     "Evaluation",
     "TooFewImages",
     "assert_no_drop",

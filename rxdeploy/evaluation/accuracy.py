@@ -110,6 +110,8 @@ def evaluate(
                 raise InputError(f"data {dataset.root}: none of the images can be decoded")
             if file:
                 file.finish(skipped)
+        if file:
+            _check_whole(file, items, found, skipped)
     return Evaluation(
         session.bundle,
         session.device,
@@ -121,6 +123,17 @@ def evaluate(
         tuple(skipped),
         run.speed,
     )
+
+
+def _check_whole(
+    file: PredictionsFile, items: Sequence[Item], found: dict[str, Predicted], skipped: Sequence[Skipped]
+) -> None:
+    """InputError when an image is neither predicted nor skipped, as in a file that somebody has edited."""
+    left_out = {one.image for one in skipped}
+    missing = [item.name for item in items if item.name not in found and item.name not in left_out]
+    if missing or not found:
+        which = f"it lacks {printable(missing[0])}" if missing else "every image in it is skipped"
+        raise InputError(f"predictions {file.path}: {which}, so it is damaged; delete it to start again")
 
 
 def _check_labels(dataset: Dataset, items: Sequence[Item], classes: int) -> None:

@@ -6,6 +6,9 @@ stays small. Labels are not in it: both models are judged by the labels of the d
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -36,6 +39,7 @@ class Baseline(msgspec.Struct, frozen=True, kw_only=True):
     device: str  # Session.description
     rxdeploy: str = __version__
     num_classes: Annotated[int, msgspec.Meta(ge=1)]
+    classes: Key | None = None  # `classes_digest` of the bundle's class names; older files have none
     images: Annotated[int, msgspec.Meta(ge=1)]
     right: Class
     right_in_top5: Class
@@ -44,6 +48,17 @@ class Baseline(msgspec.Struct, frozen=True, kw_only=True):
     def of(self, image: Predicted) -> int | None:
         """The class that it gave to the image of another prediction; None when it has not seen it."""
         return self.predictions.get(image.sha256[:_DIGITS])
+
+    def missing(self, images: Iterable[Predicted]) -> int:
+        """How many of the images that it has seen are not among these."""
+        return len(self.predictions.keys() - {image.sha256[:_DIGITS] for image in images})
+
+
+def classes_digest(names: Sequence[str] | None) -> str | None:
+    """What tells class names in the order of the logits from others, or from the same in another order."""
+    if names is None:
+        return None
+    return hashlib.sha256(json.dumps(list(names)).encode()).hexdigest()[:_DIGITS]
 
 
 def from_evaluation(evaluation: Evaluation) -> Baseline:
@@ -56,6 +71,7 @@ def from_evaluation(evaluation: Evaluation) -> Baseline:
         bundle=manifest.digest,
         device=evaluation.description,
         num_classes=manifest.num_classes,
+        classes=classes_digest(evaluation.bundle.labels()),
         images=evaluation.images,
         right=evaluation.right,
         right_in_top5=evaluation.right_in_top5,
@@ -66,6 +82,8 @@ def from_evaluation(evaluation: Evaluation) -> Baseline:
 def read_baseline(path: Path) -> Baseline:
     """The baseline in a file; InputError when it is none."""
     try:
+        if path.exists() and not path.is_file():
+            raise InputError(f"baseline {path}: neither a bundle nor a plain file")
         if path.stat().st_size > _MOST_BYTES:
             raise InputError(f"baseline {path}: more than 1 GiB is no baseline")
         return msgspec.json.decode(path.read_bytes(), type=Baseline)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from rxdeploy.errors import CheckFailed, InputError
 from rxdeploy.evaluation.accuracy import Evaluation
@@ -11,10 +11,15 @@ from rxdeploy.evaluation.baseline import Baseline
 from rxdeploy.evaluation.statistics import Estimate, difference, images_to_decide, mcnemar
 
 Outcome = Literal["pass", "fail", "too few images to tell"]
+TooFew = Literal["warn", "fail"]
 
 
 class TooFewImages(UserWarning):
     """Neither that the drop is within the limit nor that it is not can be said with 95% confidence."""
+
+
+class DoubtfulFigures(UserWarning):
+    """Something speaks against the figures: the classes' order, or images that are not the baseline's."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,8 @@ class Comparison:
 
     `lost` were right by the baseline alone, `gained` by the candidate alone. `drop` is the share lost less the share
     gained, positive when the candidate is worse, with its 95% interval; `p` is of McNemar's exact test that there is
-    no difference. `unseen` images had no prediction in the baseline and are left out.
+    no difference. `unseen` images had no prediction in the baseline and are left out; `missing` images have one there
+    and are not in the data, None when only a sample of the data was evaluated.
     """
 
     images: int
@@ -52,6 +58,7 @@ class Comparison:
     p: float
     changes: tuple[Change, ...]
     unseen: int
+    missing: int | None
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,10 @@ class Verdict:
     max_drop: float
     text: str
 
+    def fails(self, too_few: TooFew) -> bool:
+        """Whether a check with this verdict is to fail; `too_few` says what is to be done when it cannot tell."""
+        return self.outcome == "fail" or (self.outcome != "pass" and too_few == "fail")
+
 
 class AccuracyDrop(CheckFailed, AssertionError):
     """The accuracy dropped by more than allowed, with 95% confidence."""
@@ -70,10 +81,25 @@ class AccuracyDrop(CheckFailed, AssertionError):
         super().__init__(text)
         self.comparison, self.verdict = comparison, verdict
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For processes that hand it on, as those of pytest-xdist do: pickle would leave two arguments out."""
+        return type(self), (str(self), self.comparison, self.verdict)
 
-def compare(candidate: Evaluation, baseline: Baseline) -> Comparison:
-    """Hold an evaluation against a baseline, image by image. InputError when they have no image in common."""
-    pairs = [(prediction, baseline.of(prediction)) for prediction in candidate.predictions]
+
+def compare(candidate: Evaluation, baseline: Baseline | Evaluation) -> Comparison:
+    """Hold an evaluation against a baseline, image by image. InputError when they have no image in common.
+
+    Images are the same when their content is, as far as a stored baseline can tell, and in an evaluation of the same
+    data set when their names are.
+    """
+    if isinstance(baseline, Baseline):
+        befores = [baseline.of(prediction) for prediction in candidate.predictions]
+        missing = baseline.missing(candidate.predictions) if candidate.whole else None
+    else:
+        by_name = {prediction.image: prediction.top[0] for prediction in baseline.predictions}
+        befores = [by_name.get(prediction.image) for prediction in candidate.predictions]
+        missing = len(by_name) - sum(before is not None for before in befores)
+    pairs = list(zip(candidate.predictions, befores, strict=True))
     seen = [(prediction, before) for prediction, before in pairs if before is not None]
     if not seen:
         raise InputError(
@@ -97,6 +123,7 @@ def compare(candidate: Evaluation, baseline: Baseline) -> Comparison:
         p=mcnemar(lost, gained),
         changes=changes,
         unseen=len(pairs) - len(seen),
+        missing=missing,
     )
 
 

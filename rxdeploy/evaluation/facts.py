@@ -34,6 +34,7 @@ def as_facts(found: Assessment) -> dict[str, Any]:
         "baseline": _baseline_facts(found.baseline) if found.baseline else None,
         "comparison": _comparison_facts(found.comparison) if found.comparison else None,
         "verdict": _verdict_facts(found.verdict) if found.verdict else None,
+        "warnings": list(found.doubts),
         "method": METHOD,
     }
 
@@ -114,6 +115,7 @@ def _comparison_facts(comparison: Comparison) -> dict[str, Any]:
         "drop_points_95_percent_interval": [100 * drop.low, 100 * drop.high],
         "mcnemar_p": comparison.p,
         "images_not_in_baseline": comparison.unseen,
+        "baseline_images_not_in_data": comparison.missing,  # null for a sample of the data
         "changes": [
             {"image": c.image, "label": c.label, "before": c.before, "after": c.after, "kind": c.kind}
             for c in comparison.changes

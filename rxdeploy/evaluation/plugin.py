@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    from rxdeploy.evaluation.assessment import Assessment
     from rxdeploy.evaluation.drop import Comparison
 
 
@@ -26,20 +27,19 @@ class AccuracyChecks:
     ) -> Comparison:
         """As `rxdeploy.evaluation.assert_no_drop`, which says what it takes, raises and returns."""
         __tracebackhide__ = True
-        from rxdeploy.evaluation.drop import AccuracyDrop, judge
-        from rxdeploy.evaluation.regression import assert_no_drop
+        from rxdeploy.evaluation.regression import check, conclude
 
-        try:
-            comparison = assert_no_drop(candidate, baseline, data, max_drop, **more)
-        except AccuracyDrop as drop:
-            self._put_down(drop.comparison, drop.verdict.outcome)
-            raise
-        self._put_down(comparison, judge(comparison, max_drop).outcome)
-        return comparison
+        found = check(candidate, baseline, data, max_drop, **more)
+        self._put_down(found)  # before the conclusion, which may be an exception, or a warning that is made one
+        return conclude(found, more.get("too_few", "warn"))
 
-    def _put_down(self, comparison: Comparison, outcome: str) -> None:
+    def _put_down(self, found: Assessment) -> None:
+        comparison, verdict = found.comparison, found.verdict
+        assert comparison and verdict
         figures = {
             "images": comparison.images,
+            "images_not_in_baseline": comparison.unseen,
+            "baseline_images_not_in_data": comparison.missing,  # None: not known
             "top1_percent": 100 * comparison.candidate_right / comparison.images,
             "baseline_top1_percent": 100 * comparison.baseline_right / comparison.images,
             "drop_points": 100 * comparison.drop.value,
@@ -48,8 +48,9 @@ class AccuracyChecks:
             "mcnemar_p": comparison.p,
         }
         for name, value in figures.items():
-            self._record(f"rxdeploy_{name}", f"{value:.6g}")
-        self._record("rxdeploy_verdict", outcome)
+            if value is not None:
+                self._record(f"rxdeploy_{name}", str(value) if isinstance(value, int) else f"{value:.6g}")
+        self._record("rxdeploy_verdict", verdict.outcome)
 
 
 @pytest.fixture

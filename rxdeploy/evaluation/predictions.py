@@ -17,10 +17,11 @@ from typing import IO, Literal
 import msgspec
 
 from rxdeploy import atomic
-from rxdeploy.errors import InputError, from_os_error, printable
+from rxdeploy.errors import InputError, RxDeployError, from_os_error, printable
 
 KIND: Literal["rxdeploy predictions"] = "rxdeploy predictions"
 _MOST_DIFFERENT = 3  # differing facts to name in an error
+_LONGEST_LINE = 1 << 20  # bytes; what has longer ones is some other file
 
 
 class Header(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,28 +81,33 @@ class PredictionsFile:
     """A predictions file, new, half done or whole; use it in a `with`.
 
     `done` holds what it had when it was opened; `whole` says whether that is everything, so that nothing may be added.
-    InputError for a file of another evaluation, one that another process is writing, and one that is something else.
+    InputError for a file of another evaluation, one that another process is writing, one that was cut off after it
+    was whole, and one that is something else.
     """
 
     def __init__(self, path: Path, header: Header) -> None:
-        self.path, self.partial = path, path.with_name(path.name + ".partial")
-        self.header = header
+        self.path, self.header = path, header
         self.done: dict[str, Predicted] = {}
         self.skipped: list[Skipped] = []
-        self.whole = path.exists()
         self._file: IO[bytes] | None = None
-        if path.is_dir():
-            raise InputError(f"predictions {path}: is a folder; give a file name")
         try:
+            if path.is_dir():
+                raise InputError(f"predictions {path}: is a folder; give a file name")
+            self.partial = path.with_name(path.name + ".partial")
+            self.whole = path.exists()
+            for there in (path, self.partial):
+                if there.exists() and not there.is_file():
+                    raise InputError(f"predictions {there}: exists and is no plain file; choose another name")
             if self.whole:
-                self._read(path, path.read_bytes())
+                with path.open("rb") as file:
+                    self._read(path, file)
             else:
                 self._open_partial()
-        except OSError as error:
-            self.close()
-            raise from_os_error(error, f"predictions {path}") from None
-        except InputError:
-            self.close()
+        except BaseException as error:
+            with contextlib.suppress(RxDeployError):
+                self.close()
+            if isinstance(error, OSError):
+                raise from_os_error(error, f"predictions {path}") from None
             raise
 
     def __enter__(self) -> PredictionsFile:
@@ -110,12 +116,18 @@ class PredictionsFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        # A full disk fails the last write and then closing too: the first error is the one to show.
+        with contextlib.suppress(RxDeployError) if error else contextlib.nullcontext():
+            self.close()
 
     def close(self) -> None:
         """Let others have the file; what was added stays."""
-        if self._file:
-            self._file.close()
+        file, self._file = self._file, None
+        if file:
+            try:
+                file.close()
+            except OSError as error:
+                raise from_os_error(error, f"predictions {self.partial}") from None
 
     def add(self, predictions: Sequence[Predicted]) -> None:
         """Append predictions, so that they are not lost when the process is."""
@@ -132,26 +144,24 @@ class PredictionsFile:
 
     def _write(self, data: bytes) -> None:
         assert self._file, "a whole predictions file takes no more"
+        left = memoryview(data)
         try:
-            self._file.write(data)
-            self._file.flush()
+            while left:
+                left = left[self._file.write(left) :]
         except OSError as error:
             raise from_os_error(error, f"predictions {self.partial}") from None
 
     def _open_partial(self) -> None:
         atomic.check_writable(self.path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.partial.open("a+b")
+        self._file = self.partial.open(
+            "ab", buffering=0
+        )  # unbuffered: nothing is left that closing could fail to write
         self._lock()
-        self._file.seek(0)
-        data = self._file.read()
-        # The process may have been killed in the middle of a line.
-        kept = data[: data.rfind(b"\n") + 1]
-        if kept:
-            self._read(self.partial, kept)
-            self._file.truncate(len(kept))
-        else:
-            self._file.truncate(0)
+        with self.partial.open("rb") as file:
+            kept = self._read(self.partial, file)
+        self._file.truncate(kept)
+        if not kept:
             self._write(msgspec.json.encode(self.header) + b"\n")
 
     def _lock(self) -> None:
@@ -165,12 +175,34 @@ class PredictionsFile:
         except OSError:
             pass  # a file system without locks
 
-    def _read(self, path: Path, data: bytes) -> None:
-        first, *lines = data.splitlines() or [b""]
-        with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError):
-            self._check(path, msgspec.json.decode(first, type=Header))
-            return self._read_lines(path, lines)
-        raise InputError(f"predictions {path}: exists and is no predictions file; choose another name")
+    def _read(self, path: Path, file: IO[bytes]) -> int:
+        """Take in what the file has; how many of its bytes are to be kept when it is gone on from."""
+        first = file.readline(_LONGEST_LINE)
+        if not self.whole and not first.endswith(b"\n") and len(first) < _LONGEST_LINE:
+            return 0  # killed within the header
+        self._check(path, self._header(path, first))
+        kept, lines = len(first), 0
+        for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE), b""), start=2):
+            if not self.whole and not line.endswith(b"\n"):
+                break  # killed within the line
+            found = _decoded(path, number, line)
+            if isinstance(found, Predicted):
+                self.done[found.image] = found
+            elif self.whole:
+                self.skipped.append(found)
+            else:
+                break  # killed while it was finished: what could not be decoded is tried again, and written again
+            kept += len(line)
+            lines += 1
+        if self.whole:
+            self._check_complete(lines)
+        return kept
+
+    def _header(self, path: Path, line: bytes) -> Header:
+        try:
+            return msgspec.json.decode(line, type=Header)
+        except (msgspec.MsgspecError, UnicodeDecodeError):
+            raise InputError(f"predictions {path}: exists and is no predictions file; choose another name") from None
 
     def _check(self, path: Path, found: Header) -> None:
         keys = [key for key in self.header.__struct_fields__ if getattr(found, key) != getattr(self.header, key)]
@@ -184,18 +216,26 @@ class PredictionsFile:
             f"predictions {path}: they are of another bundle, device or data ({of}); choose another name, or delete it"
         )
 
-    def _read_lines(self, path: Path, lines: Sequence[bytes]) -> None:
-        for number, line in enumerate(lines, start=2):
-            try:
-                found = msgspec.json.decode(line, type=_Line).read()
-            except (msgspec.MsgspecError, UnicodeDecodeError, ValueError) as error:
-                raise InputError(
-                    f"predictions {path}: line {number} is damaged: {error}; delete it to start again"
-                ) from None
-            if isinstance(found, Skipped):
-                self.skipped.append(found)
-            else:
-                self.done[found.image] = found
+    def _check_complete(self, lines: int) -> None:
+        """InputError when a whole file has not one line for each image."""
+        images = len(self.done.keys() | {skipped.image for skipped in self.skipped})
+        if images < self.header.images:
+            raise InputError(
+                f"predictions {self.path}: it has {images} of its {self.header.images} images, so it was cut off; "
+                f"rename it to {self.partial.name} to go on from there, or delete it to start again"
+            )
+        if not images == lines == self.header.images:
+            raise InputError(
+                f"predictions {self.path}: it has {lines} lines for {self.header.images} images, so it is damaged; "
+                "delete it to start again"
+            )
+
+
+def _decoded(path: Path, number: int, line: bytes) -> Predicted | Skipped:
+    try:
+        return msgspec.json.decode(line, type=_Line).read()
+    except (msgspec.MsgspecError, UnicodeDecodeError, ValueError) as error:
+        raise InputError(f"predictions {path}: line {number} is damaged: {error}; delete it to start again") from None
 
 
 def _short(line: _Line) -> bytes:

@@ -118,6 +118,8 @@ def _comparison(baseline: Baseline, comparison: Comparison) -> list[tuple[str, s
     ]
     if comparison.unseen:
         rows.append(("left out", f"{comparison.unseen:,} images that are not in the baseline"))
+    if comparison.missing:
+        rows.append(("missing", f"{comparison.missing:,} images of the baseline that are not in the data"))
     return rows
 
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from rxdeploy.errors import EnvironmentLacks, InputError
+from rxdeploy.runtime.quiet import no_warnings
 
 RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
@@ -46,7 +47,7 @@ def open_rgb(path: Path, data: bytes | None = None) -> Image.Image:
     if data is None and path.exists() and not path.is_file():
         raise InputError(f"image {path}: not a plain file")  # reading a pipe might never end
     try:
-        with Image.open(path if data is None else io.BytesIO(data), formats=_formats()) as image:
+        with no_warnings(), Image.open(path if data is None else io.BytesIO(data), formats=_formats()) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise InputError(_too_large(path, f"{image.width} x {image.height} pixels"))
             image.load()

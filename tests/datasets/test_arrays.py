@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import zipfile
 from pathlib import Path
 
@@ -44,6 +45,18 @@ def test_digest_is_of_the_shape_too() -> None:
     view = IMAGES[0, :, ::-1]
     assert digest_of(view) == digest_of(view.copy())
     assert digest_of(b"abc") == hashlib.sha256(b"abc").hexdigest()
+
+
+def test_fingerprint_of_a_file_is_of_its_content_not_of_its_time(tmp_path: Path) -> None:
+    path = tmp_path / "data.npz"
+    other = IMAGES.copy()
+    other[7, 0, 0, 0] ^= 1
+    found = []
+    for images, time in ((IMAGES, 5), (IMAGES, 6), (other, 6)):
+        np.savez(path, images=images, labels=LABELS)
+        os.utime(path, ns=(0, time))
+        found.append(open_dataset(path, 10).fingerprint())
+    assert found[0] == found[1] != found[2]
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])

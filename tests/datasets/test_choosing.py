@@ -74,6 +74,8 @@ def test_more_than_there_are() -> None:
     assert sample(dataset, 7) == chosen
     with pytest.raises(InputError, match="at least 1"):
         sample(dataset, 0)
+    with pytest.raises(InputError, match="seed -1: it must be at least 0"):
+        sample(dataset, 3, -1)
 
 
 def test_by_folder_where_classes_are_not_known(tree: Callable[..., Path]) -> None:
@@ -101,7 +103,7 @@ def choose(data: Dataset, tmp_path: Path) -> Callable[[str], list[str]]:
 
 def test_list(choose: Callable[[str], list[str]]) -> None:
     assert choose("3.png\n\na/2 x.png\r\n./b/1.png\n") == ["b/3.png", "a/2 x.png", "b/1.png"]
-    assert choose("/data/val/3.png\n") == ["b/3.png"]
+    assert choose("/data/val/b/3.png\n") == ["b/3.png"]
     assert choose("b/3.png 1\na/2 x.png 0\na/1.png\t0\n") == ["b/3.png", "a/2 x.png", "a/1.png"]
     assert choose("3.png n02119789\n") == ["b/3.png"]
 
@@ -112,6 +114,7 @@ def test_list(choose: Callable[[str], list[str]]) -> None:
         ("", "names no images"),
         ("3.png\nnone.png\n../x.png\n", r"2 of its images are not in .*none\.png first"),
         ("1.png\n", r"1\.png fits 2 images"),
+        ("a/3.png\n", r"1 of its images are not in .*, a/3\.png first"),
         ("3.png\nb/3.png\n", "comes twice"),
         ("3.png 0\n", r"class 0 there and 1 in the data set.*another order"),
     ],

@@ -5,6 +5,7 @@ The MATLAB files are written by SciPy, and some by MATLAB itself (they come with
 
 from __future__ import annotations
 
+import contextlib
 import io
 import tarfile
 from collections.abc import Callable
@@ -195,3 +196,21 @@ def test_variables_of_other_kinds() -> None:
     for data in (buffer.getvalue(), buffer.getvalue().replace(b"synsets", b"synsetz")):
         with pytest.raises(ValueError, match="no variable synsets"):
             read_structs(data, "synsets")
+
+
+@pytest.mark.parametrize("mode", ["gz", "xz", "bz2"])
+def test_a_damaged_archive(tree: Callable[..., Path], kit: Callable[..., Path], tmp_path: Path, mode: str) -> None:
+    kit(meta_mat=meta() + np.random.default_rng(0).bytes(50_000).hex().encode())
+    archive = tmp_path / "kit.tar.gz"  # the ending is not looked at to tell the compression
+    with tarfile.open(archive, f"w:{mode}") as file:  # type: ignore[call-overload]
+        file.add(tmp_path / "kit", "kit")
+    whole = archive.read_bytes()
+    root = tree(*VAL)
+    for content in (whole[:20] + bytes(50) + whole[70:], whole[: len(whole) // 2], whole[:40], b""):
+        archive.write_bytes(content)
+        with pytest.raises(InputError, match=r"labels .*kit\.tar\.gz"):
+            labels(root, archive)
+    for at in range(30, len(whole), len(whole) // 20):  # wherever the decompressor stumbles, if it does
+        archive.write_bytes(whole[:at] + b"\xff" * 10 + whole[at + 10 :])
+        with contextlib.suppress(InputError):
+            labels(root, archive)

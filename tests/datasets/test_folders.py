@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def test_what_is_passed_over(tree: Callable[..., Path], tmp_path: Path) -> None:
     (root / "a" / "notes.txt").write_text("no image")
     (root / "checksums").write_text("no image")
     os.mkfifo(root / "a" / "pipe.png")
-    dataset = open_dataset(root, 2)
+    dataset = open_dataset(root, 2, ("a", "b"))
     assert labels_of(dataset) == {"a/1.png": 0, "b/1.png": 1}
     assert len(dataset.notes) == 1
     assert dataset.notes[0].endswith(": 3")
@@ -133,6 +134,30 @@ def test_file_name_that_is_not_utf8(tree: Callable[..., Path]) -> None:
 def test_neither_folder_nor_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.tar")
     assert "neither" in refused(tmp_path / "pipe.tar")
+    os.mkfifo(tmp_path / "pipe.npz")
+    assert "neither" in refused(tmp_path / "pipe.npz")
+    assert "File name too long" in refused(tmp_path / ("x" * 300))
+
+
+@pytest.mark.parametrize(("depth", "width"), [(1200, 1), (20, 250)])
+def test_very_deep_folders(tmp_path: Path, image: Callable[[str], bytes], depth: int, width: int) -> None:
+    """Deeper than Python's stack, and than a path may be long."""
+    root, here = tmp_path / "data", os.getcwd()
+    root.mkdir()
+    try:
+        os.chdir(root)
+        for _ in range(depth):
+            os.mkdir("d" * width)
+            os.chdir("d" * width)
+        Path("1.png").write_bytes(image("1.png"))
+        os.chdir(here)
+        if width == 1:
+            assert [item.name for item in open_dataset(root, 1).items] == ["d/" * depth + "1.png"]
+        else:
+            assert "File name too long" in refused(root)
+    finally:
+        os.chdir(here)
+        subprocess.run(["rm", "-rf", str(root)], check=True)  # Python's own way is not deep enough
 
 
 def test_item_of_another_data_set(tree: Callable[..., Path]) -> None:

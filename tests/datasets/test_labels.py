@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -90,6 +91,21 @@ def test_images_in_subfolders(opened: Callable[..., Dataset]) -> None:
     assert dataset.layout == "flat"
 
 
+def test_a_folder_in_a_name_counts(opened: Callable[..., Dataset]) -> None:
+    """The image of the same name in another folder is another image."""
+    found = opened("/data/x/1.png 1\nx/2.png 0\n", names=["x/1.png", "x/2.png"], classes=2)
+    assert [item.label for item in found.items] == [1, 0]
+    with pytest.raises(InputError, match=r"no label for 1 of 2 images.*x/2\.png first"):
+        opened("x/1.png 1\ny/2.png 0\n", names=["x/1.png", "x/2.png"], classes=2)
+
+
+@pytest.mark.parametrize(
+    "form", ["CSV with header", "CSV with other header", "CSV with columns", "CSV with quotes", "Kaggle"]
+)
+def test_csv_in_a_file_of_another_ending(opened: Callable[..., Dataset], form: str) -> None:
+    assert [item.label for item in opened(FORMS[form], "labels.txt").items] == INDICES
+
+
 def test_more_labels_than_images(opened: Callable[..., Dataset]) -> None:
     dataset = opened(FORMS["indices"], names=VAL[:2])
     assert [item.label for item in dataset.items] == INDICES[:2]
@@ -111,6 +127,7 @@ REFUSED = {
     "three columns": (table(INDICES, ",1,"), "3 columns"),
     "CSV line cut off": ("filename,label\n" + table(INDICES, ",") + "x.png\n", "no label in the line"),
     "CSV line without": ("filename,label\n" + table(INDICES, ",").replace("999", ""), "no label in the line"),
+    "CSV header": ("filename,label\n", "a header and no lines below it"),
     "unfinished quote": ('"filename","label"\n"a', "CSV"),
 }
 
@@ -132,3 +149,9 @@ def test_base_name_of_two_images(opened: Callable[..., Dataset]) -> None:
 def test_missing_file(tree: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file"):
         open_dataset(tree("1.png"), 2, labels=tmp_path / "none.txt")
+    with pytest.raises(InputError, match="File name too long"):
+        open_dataset(tree("1.png"), 2, labels=tmp_path / ("x" * 300))
+    for name in ("pipe.txt", "pipe.tar"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(InputError, match="neither a plain file nor a folder"):
+            open_dataset(tree("1.png"), 2, labels=tmp_path / name)

@@ -7,6 +7,7 @@ import hashlib
 import io
 import threading
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -263,3 +264,26 @@ def test_interpolation_is_the_cards(tree: Callable[..., Path]) -> None:
     nearest = msgspec.structs.replace(INPUT, interpolation="nearest")
     images = [next(iter(Stream(dataset, dataset.items, 1, each))).images for each in (INPUT, nearest)]
     assert (images[0] != images[1]).any()
+
+
+def test_warnings_that_are_errors_spoil_no_image(tree: Callable[..., Path]) -> None:
+    """Pillow warns of palette images with transparency, of large ones and of damaged EXIF; pytest here raises that."""
+    root = tree("a/1.png")
+    palette = Image.fromarray(np.arange(120, dtype=np.uint8).reshape(10, 12)).convert("P")
+    palette.save(root / "a" / "2.png", transparency=bytes(range(120)))
+    Image.new("1", (9600, 9600)).save(root / "a" / "3.png")  # above Pillow's limit for a warning
+    assert Image.MAX_IMAGE_PIXELS and Image.MAX_IMAGE_PIXELS < 9600 * 9600
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 20)).save(root / "a" / "4.jpg", exif=exif.tobytes()[:-3])
+    dataset = open_dataset(root, 1)
+    filters = warnings.filters[:]
+    stream = Stream(dataset, dataset.items, 2, INPUT, workers=3, max_bad=0)
+    assert sum(len(batch.items) for batch in stream) == 4 and not stream.skipped
+    assert [entry for entry in warnings.filters if entry in filters] == filters  # nothing of the user's has changed
+    with pytest.raises(Image.DecompressionBombWarning):  # nor for what he does himself
+        Image.open(root / "a" / "3.png")
+    with pytest.raises(UserWarning, match="mine"):
+        warnings.warn("mine", UserWarning, stacklevel=1)
+    assert len(list(Stream(dataset, dataset.items, 4, INPUT))) == 1
+    assert len(warnings.filters) <= len(filters) + 1

@@ -81,6 +81,26 @@ def test_files_and_a_corrupt_one(session: Session, held_out: Digits, tmp_path: P
     assert (again.predictions, again.skipped, again.speed) == (found.predictions, found.skipped, None)
 
 
+@pytest.mark.parametrize("kept", [1, 5])
+def test_a_predictions_file_that_was_cut_off_gives_no_accuracy(
+    session: Session, digits: Dataset, tmp_path: Path, kept: int
+) -> None:
+    file = tmp_path / "p.jsonl"
+    items = digits.items[:10]
+    evaluate(session, digits, items, predictions=file)
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join(lines[:kept]))
+    with pytest.raises(InputError, match=f"it has {kept - 1} of its 10 images"):
+        evaluate(session, digits, items, predictions=file)
+    file.write_bytes(b"".join(lines).replace(b'"000003"', b'"x"'))
+    with pytest.raises(InputError, match="it lacks 000003, so it is damaged"):
+        evaluate(session, digits, items, predictions=file)
+    skipped = b"".join(b'{"image":"%06d","skipped":"cut off"}\n' % n for n in range(10))
+    file.write_bytes(lines[0] + skipped)
+    with pytest.raises(InputError, match="every image in it is skipped"):
+        evaluate(session, digits, items, predictions=file)
+
+
 class Interrupted(BaseException):
     """As Ctrl-C is."""
 

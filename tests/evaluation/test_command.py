@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ import pytest
 
 from rxdeploy import cli
 from rxdeploy.cards.digits_images import Digits
+from rxdeploy.evaluation.baseline import classes_digest, read_baseline
 from rxdeploy.runtime import Session
 
 Bundles = Callable[..., Path]
@@ -161,8 +163,65 @@ def test_images_that_the_baseline_has_not_seen(run: Run, bundle: Bundles, held_o
     assert run(bundle("fp32"), "--data", "part.npz", "--save-baseline", "b.json").code == 0
     some = run(bundle("fp32"), "--data", "more.npz", "--baseline", "b.json")
     assert some.code == 0 and "left out       50 images that are not in the baseline" in some.out
-    none = run(bundle("fp32"), "--data", "other.npz", "--baseline", "b.json")
-    assert none.code == 2 and "seen none of the 240 images" in none.err
+    assert "missing        90 images of the baseline that are not in the data" in some.out
+    assert some.err.startswith("WARNING: the baseline is of other images: it has not seen 50 of today's 60, and 90 of")
+    facts = json.loads(run(bundle("fp32"), "--data", "more.npz", "--baseline", "b.json", "--json").out)
+    comparison = facts["comparison"]
+    assert (comparison["images_not_in_baseline"], comparison["baseline_images_not_in_data"]) == (50, 90)
+    assert len(facts["warnings"]) == 1
+    # Of a sample it cannot be told.
+    sample = run(bundle("fp32"), "--data", "part.npz", "--baseline", "b.json", "--limit", "50", "--json")
+    assert json.loads(sample.out)["comparison"]["baseline_images_not_in_data"] is None and not sample.err
+    none = run(bundle("fp32"), "--data", "other.npz", "--baseline", "b.json", "--save-baseline", "c.json")
+    assert none.code == 2 and "seen none of the 240 images" in none.err and "stored in c.json" in none.err
+    assert read_baseline(tmp_path / "c.json").images == 240
+
+
+def test_one_image_in_a_hundred_may_be_another(run: Run, bundle: Bundles, held_out: Digits, tmp_path: Path) -> None:
+    np.savez(tmp_path / "some.npz", images=held_out.images[:200], labels=held_out.labels[:200])
+    np.savez(tmp_path / "moved.npz", images=held_out.images[2:202], labels=held_out.labels[2:202])
+    assert run(bundle("fp32"), "--data", "some.npz", "--save-baseline", "b.json").code == 0
+    found = run(bundle("fp32"), "--data", "moved.npz", "--baseline", "b.json")
+    assert found.code == 0 and not found.err
+    assert "left out       2 images" in found.out and "missing        2 images" in found.out
+
+
+def test_a_failed_check_stores_no_baseline(run: Run, bundle: Bundles, npz: Path, tmp_path: Path) -> None:
+    assert run(bundle("fp32"), "--data", npz, "--save-baseline", "b.json").code == 0
+    options = ("--data", npz, "--baseline", "b.json", "--save-baseline", "new.json")
+    bad = run(bundle("fp32", noise=0.4), *options, "--max-drop", "1.5")
+    assert bad.code == 1 and "not stored as a baseline: new.json" in bad.err
+    unsure = run(bundle("fp16"), *options, "--max-drop", "0.5", "--too-few", "fail")
+    assert unsure.code == 1 and "error: too few images to tell: " in unsure.err
+    assert not (tmp_path / "new.json").exists()
+    assert run(bundle("fp16"), *options, "--max-drop", "0.5").code == 0
+    assert (tmp_path / "new.json").exists()
+
+
+def test_labels_in_a_wrong_order(run: Run, bundle: Bundles, held_out: Digits, tmp_path: Path) -> None:
+    np.savez(tmp_path / "wrong.npz", images=held_out.images, labels=(held_out.labels + 1) % 10)
+    found = run(bundle("fp32"), "--data", "wrong.npz")
+    assert found.code == 0 and found.err.startswith("WARNING: top-1 is at most ")
+    assert "where guessing gives 10.00%: the classes of the data are probably in another order" in found.err
+
+
+def test_a_baseline_that_is_much_worse(run: Run, bundle: Bundles, npz: Path) -> None:
+    found = run(bundle("fp32"), "--data", npz, "--baseline", bundle("fp32", noise=0.4), "--max-drop", "0.5")
+    assert found.code == 0 and found.err.startswith("WARNING: the baseline is 9.81 points worse than the bundle (95% ")
+    assert found.err.count("\n") == 1
+
+
+def test_class_names_in_another_order(run: Run, bundle: Bundles, npz: Path, tmp_path: Path) -> None:
+    assert run(bundle("fp32"), "--data", npz, "--save-baseline", "b.json").code == 0
+    stored = json.loads((tmp_path / "b.json").read_text())
+    names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    assert stored["classes"] == classes_digest(names)
+    (tmp_path / "other.json").write_text(json.dumps(stored | {"classes": classes_digest(names[::-1])}))
+    other = run(bundle("fp32"), "--data", npz, "--baseline", "other.json")
+    assert other.code == 2 and "its class names are not those of" in other.err and "another order" in other.err
+    del stored["classes"]
+    (tmp_path / "old.json").write_text(json.dumps(stored))
+    assert run(bundle("fp32"), "--data", npz, "--baseline", "old.json").code == 0
 
 
 @pytest.mark.parametrize(
@@ -173,8 +232,19 @@ def test_images_that_the_baseline_has_not_seen(run: Run, bundle: Bundles, held_o
         (("--baseline", "nothing.json"), "baseline nothing.json: no such file or bundle"),
         (("--baseline", "empty"), "not a bundle"),
         (("--baseline", "text"), "baseline text: neither a bundle nor a baseline"),
-        (("--save-baseline", "empty"), "is a folder"),
-        (("--save-baseline", "text/b.json"), "output text/b.json"),
+        (("--save-baseline", "empty"), "error: baseline empty: is a folder; give a file name\n"),
+        (("--save-baseline", "x/../b", "--baseline", "b"), "--save-baseline b: the same as --baseline"),
+        (("--save-baseline", "b", "--predictions", "b"), "--save-baseline b: the same as --predictions"),
+        (("--predictions", "b", "--baseline", "b"), "--predictions b: the same as --baseline"),
+        (("--predictions", "."), "predictions .: is a folder"),
+        (("--predictions", "x" * 300), "File name too long"),
+        (("--baseline", "x" * 300), "File name too long"),
+        (("--baseline", "pipe"), "baseline pipe: neither a bundle nor a plain file"),
+        (("--data", "pipe"), "neither a folder nor a plain file"),
+        (("--data", "pipe.npz"), "neither a folder nor a plain file"),
+        (("--data", "x" * 300), "File name too long"),
+        (("--labels", "x" * 300), "File name too long"),
+        (("--save-baseline", "text/b.json"), "baseline text/b.json"),
         (("--predictions", "empty"), "predictions empty: is a folder"),
         (("--predictions", "text"), "exists and is no predictions file"),
         (("--labels", "labels.txt"), "has its labels in it"),
@@ -194,6 +264,8 @@ def test_bad_input_is_one_error_before_any_work(
     monkeypatch.setattr(Session, "run", lambda *_: pytest.fail("nothing is to be run"))
     (tmp_path / "empty").mkdir()
     (tmp_path / "text").write_text("hello\n")
+    for pipe in ("pipe", "pipe.npz"):
+        os.mkfifo(tmp_path / pipe)
     result = run(bundle("fp32"), "--data", npz, *options)
     assert (result.code, result.out) == (2, "")
     assert result.err.startswith("error: ") and message in result.err and result.err.count("\n") == 1

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 from rxdeploy.errors import InputError
 from rxdeploy.evaluation.baseline import Baseline, read_baseline, write_baseline
-from rxdeploy.evaluation.drop import Change, check_max_drop, compare, judge
+from rxdeploy.evaluation.drop import AccuracyDrop, Change, check_max_drop, compare, judge
 from rxdeploy.evaluation.predictions import Predicted
 
 
@@ -20,7 +23,7 @@ def evaluation(pairs: list[tuple[int, int]]) -> Any:
     predictions = [
         Predicted(f"{n}.jpg", f"{n:016x}" + "f" * 48, *pair[:1], (pair[1],), 1.0) for n, pair in enumerate(pairs)
     ]
-    return SimpleNamespace(predictions=tuple(predictions), dataset=SimpleNamespace(root=Path("val")))
+    return SimpleNamespace(predictions=tuple(predictions), dataset=SimpleNamespace(root=Path("val")), whole=True)
 
 
 def baseline(classes: list[int]) -> Baseline:
@@ -42,7 +45,7 @@ def test_a_comparison() -> None:
     #                          right   lost    gained  wrong   wrong and other   lost    unseen
     found = compare(evaluation([(1, 1), (2, 5), (3, 3), (4, 0), (5, 1), (6, 7), (7, 7)]), baseline([1, 2, 0, 0, 2, 6]))
     assert (found.images, found.baseline_right, found.candidate_right) == (6, 3, 2)
-    assert (found.lost, found.gained, found.unseen) == (2, 1, 1)
+    assert (found.lost, found.gained, found.unseen, found.missing) == (2, 1, 1, 0)
     assert found.drop.value == pytest.approx(1 / 6) and found.p == 1
     assert found.changes == (
         Change("1.jpg", 2, 2, 5),
@@ -51,6 +54,31 @@ def test_a_comparison() -> None:
         Change("5.jpg", 6, 6, 7),
     )
     assert [change.kind for change in found.changes] == ["lost", "gained", "wrong both times", "lost"]
+
+
+def test_images_that_one_of_them_has_not_seen() -> None:
+    candidate = evaluation([(0, 0)] * 5)
+    candidate.predictions = candidate.predictions[2:]
+    found = compare(candidate, baseline([0] * 4))
+    assert (found.images, found.unseen, found.missing) == (2, 1, 2)
+    candidate.whole = False
+    assert compare(candidate, baseline([0] * 4)).missing is None
+
+
+def test_an_evaluation_is_compared_by_name() -> None:
+    """A picture that is there twice counts twice, with the class that it got each time."""
+    candidate, other = evaluation([(1, 1), (2, 2)]), evaluation([(1, 1), (2, 1)])
+    for one in (candidate, other):
+        one.predictions = tuple(msgspec.structs.replace(p, sha256="a" * 64) for p in one.predictions)
+    found = compare(candidate, other)
+    assert (found.images, found.lost, found.gained, found.unseen, found.missing) == (2, 0, 1, 0, 0)
+
+
+def test_a_failure_can_be_handed_to_another_process() -> None:
+    found = compare(evaluation([(0, 1)] * 50), baseline([0] * 50))
+    drop = AccuracyDrop("it fell", found, judge(found, 1))
+    again = pickle.loads(pickle.dumps(drop))
+    assert (str(again), again.comparison, again.verdict) == (str(drop), drop.comparison, drop.verdict)
 
 
 def test_no_image_in_common() -> None:
@@ -97,6 +125,12 @@ def test_a_baseline_is_a_small_file_that_diffs_by_line(tmp_path: Path) -> None:
     write_baseline(baseline([3, 4]), path)
     assert ' "predictions": {\n  "0000000000000000": 3,\n  "0000000000000001": 4\n }\n' in path.read_text()
     assert read_baseline(path) == baseline([3, 4])
+
+
+def test_what_is_no_plain_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="neither a bundle nor a plain file"):
+        read_baseline(tmp_path / "pipe")
 
 
 @pytest.mark.parametrize(

@@ -9,14 +9,16 @@ import warnings
 import xml.etree.ElementTree
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rxdeploy.cards.card import tomllib
 from rxdeploy.cards.digits_images import Digits
-from rxdeploy.errors import InputError
-from rxdeploy.evaluation import AccuracyDrop, TooFewImages, assert_no_drop, assess, write_baseline
-from rxdeploy.evaluation.baseline import from_evaluation
+from rxdeploy.errors import CheckFailed, InputError
+from rxdeploy.evaluation import AccuracyDrop, DoubtfulFigures, TooFewImages, assert_no_drop, assess, write_baseline
+from rxdeploy.evaluation.baseline import from_evaluation, read_baseline
+from rxdeploy.runtime import Session
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "accuracy-regression"
@@ -125,6 +127,51 @@ def test_the_example_goes_red_for_a_damaged_model(bundle: Bundles, tmp_path: Pat
     assert {p.get("value") for p in case.iter("property") if p.get("name") == "rxdeploy_verdict"} == {"fail"}
 
 
+def test_warnings_are_of_the_users_test_and_come_after_the_figures(bundle: Bundles, tmp_path: Path) -> None:
+    copy_example(tmp_path)
+    test = tmp_path / "tests" / "test_accuracy.py"
+    test.write_text(test.read_text().replace("max_drop=1.5", "max_drop=0.5"))
+    code, output = run_alone(tmp_path, "-W", "default", CANDIDATE=str(bundle("fp16")))
+    assert code == 0, output
+    line = 1 + test.read_text().splitlines().index("    rxdeploy_accuracy.assert_no_drop(")
+    assert f"test_accuracy.py:{line}: TooFewImages: too few images to tell" in output
+    assert "regression.py" not in output and "plugin.py" not in output
+    code, output = run_alone(tmp_path, "--junitxml=r.xml", CANDIDATE=str(bundle("fp16")))
+    assert code == 1 and "TooFewImages: too few images to tell" in output, output
+    case = xml.etree.ElementTree.parse(tmp_path / "r.xml").getroot()[0][0]
+    properties = {entry.get("name"): entry.get("value") for entry in case.iter("property")}
+    assert properties["rxdeploy_verdict"] == "too few images to tell"
+    assert properties["rxdeploy_images_not_in_baseline"] == properties["rxdeploy_baseline_images_not_in_data"] == "0"
+
+
+def test_doubts_are_warnings_or_in_the_message(bundle: Bundles, baseline: Path, held_out: Digits) -> None:
+    half = (held_out.images[:400], held_out.labels[:400])
+    with pytest.warns(DoubtfulFigures, match="140 of its own are not among them") as caught:
+        found = assert_no_drop(bundle("fp16"), baseline, half, max_drop=2, device="cpu")
+    assert caught[0].filename == __file__ and (found.unseen, found.missing) == (0, 140)
+    with pytest.raises(AccuracyDrop) as failed:
+        assert_no_drop(bundle("fp32", noise=0.4), baseline, half, max_drop=1.5, device="cpu")
+    lines = str(failed.value).splitlines()
+    assert "140 images of the baseline are not in the data" in lines
+    assert any(line.startswith("doubtful: the baseline is of other images") for line in lines)
+
+
+def test_a_baseline_bundles_failure_does_not_lose_the_run(
+    bundle: Bundles, npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Session.run
+
+    def run(self: Session, *arguments: Any) -> Any:
+        if self.bundle.manifest.precision == "fp32":
+            raise CheckFailed("logits are NaN")
+        return original(self, *arguments)
+
+    monkeypatch.setattr(Session, "run", run)
+    with pytest.raises(CheckFailed, match=r"logits are NaN \(the bundle's own result is stored in .*b\.json\)"):
+        assess(bundle("fp16"), npz, device="cpu", baseline=bundle("fp32"), save_baseline=tmp_path / "b.json")
+    assert read_baseline(tmp_path / "b.json").images == 540
+
+
 def test_the_examples_data_are_the_held_out_digits(held_out: Digits) -> None:
     import numpy as np
 
@@ -158,5 +205,10 @@ def test_the_entry_point_gives_the_fixture_and_imports_nothing_heavy(tmp_path: P
     code, output = run_pytest(tmp_path, *by_name, path=site, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
     assert code == 0, output
     # And as it comes, found by itself; a warning would say that it was imported before pytest could rewrite asserts.
-    code, output = run_pytest(tmp_path, "-W", "error::pytest.PytestAssertRewriteWarning", "-k", "fixture", path=site)
+    strict = ("-W", "error::pytest.PytestAssertRewriteWarning")
+    code, output = run_pytest(tmp_path, *strict, "-k", "fixture", path=site)
+    assert code == 0, output
+    # And where something has imported rxdeploy already.
+    (tmp_path / "site" / "sitecustomize.py").write_text("import rxdeploy.evaluation\n")
+    code, output = run_pytest(tmp_path, *strict, "-k", "fixture", path=site)
     assert code == 0, output
