@@ -30,10 +30,11 @@ from PIL import Image, ImageOps
 import rxdeploy
 from rxdeploy.cache import open_cache
 from rxdeploy.calibration.apply import apply
-from rxdeploy.calibration.calibrate import Calibration, choose_images
+from rxdeploy.calibration.calibrate import Calibration
 from rxdeploy.calibration.mixed import sqnr
 from rxdeploy.calibration.network import Network
 from rxdeploy.calibration.options import METHODS, CalibrationOptions
+from rxdeploy.calibration.selection import choose_images
 from rxdeploy.cards import ModelCard, find_card
 from rxdeploy.cards.digits_images import hard, split
 from rxdeploy.datasets import from_arrays

@@ -170,7 +170,8 @@ class Cache:
             _remove_unused(folder)
         for path in sorted((self.folder / "weights").glob("*")):
             _remove_unlocked(path)
-        shutil.rmtree(self.folder / "timing", ignore_errors=True)
+        for name in ("timing", "calibrating"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
 
 
 def _remove_unlocked(path: Path) -> None:

@@ -169,8 +169,8 @@ calibration_options = _options(
         show_default=True,
         help="How ranges are found; auto takes what leaves the smallest error on images held out.",
     ),
-    click.option("--keep", multiple=True, metavar="LAYER", help="A layer to leave in float16. May be repeated."),
-    click.option("--min-sqnr", type=float, metavar="DB", help="Leave as many layers in float16 as that needs."),
+    click.option("--keep", multiple=True, metavar="LAYER", help="A layer to leave in floating point. May be repeated."),
+    click.option("--min-sqnr", type=float, metavar="DB", help="Leave as many layers in floating point as that needs."),
     click.option(
         "--max-drop", type=float, metavar="POINTS", help="The same for top-1 accuracy, on labelled --calibration-data."
     ),
@@ -706,7 +706,10 @@ def _request(
             min_sqnr=min_sqnr,
             max_drop=max_drop,
         )
-    elif calibration_data or calibration_file or keep or min_sqnr is not None or max_drop is not None:
+    elif any((calibration_data, calibration_file, calibration_list, calibration_labels, keep, method != "auto")) or (
+        min_sqnr,
+        max_drop,
+    ) != (None, None):
         raise InputError(f"the options on calibration are for --int8, and this is --{precision}")
     return Request(
         card=card,

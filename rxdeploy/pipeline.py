@@ -323,7 +323,9 @@ class Pipeline:
 
         from rxdeploy.export.validate import held_out_samples
 
-        if precision != "int8" or not (file := self._calibration().folder / HELD_OUT).is_file():
+        if precision != "int8" or self.request.precision != "int8":  # a file of somebody's own
+            return None
+        if not (file := self._calibration().folder / HELD_OUT).is_file():
             return None
         return held_out_samples(np.load(file))
 
@@ -383,7 +385,14 @@ class Pipeline:
         from rxdeploy.export.validate import validation_samples
 
         images = (self._samples(precision) or validation_samples(self.request.card)).images[[0, -1]]
-        return compare_layers(self.request.card, self.weights, model, precision, images)
+        found = compare_layers(self.request.card, self.weights, model, precision, images)
+        if precision != "int8" or self.request.precision != "int8":
+            return found
+        from rxdeploy.calibration.record import load_recipe
+
+        recipe = load_recipe(self._calibration().folder / bundles.CALIBRATION, self._scheme)
+        scaled = {conv.bn for conv in self._network.convs() if conv.name in recipe.equalisation}
+        return [layer for layer in found if layer.name not in scaled]  # these are divided by what the next multiplies
 
     def validate_file(self, path: Path) -> dict[str, Any]:
         """Figures of a user's own ONNX file against PyTorch, passed or not."""

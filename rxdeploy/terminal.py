@@ -182,7 +182,7 @@ def _quantisation(manifest: Manifest) -> list[tuple[str, str]]:
             (
                 "mixed",
                 f"for {mixed['target']}: from {mixed['before']:.4g} to {mixed['after']:.4g}; predicted cost: "
-                f"{mixed['float16_share']:.1%} more arithmetic time, where int8 is twice as fast as float16",
+                f"{mixed['float16_share']:.1%} more arithmetic time, where int8 is twice as fast as floating point",
             )
         )
     return rows

@@ -24,8 +24,9 @@ def apply(model: ir.Model, network: Network, recipe: Recipe) -> tuple[ir.Model, 
     scales: dict[str, NDArray[np.float32]] = {}
     for layer, own in parameters.items():
         weight = np.ascontiguousarray(own.weight.numpy())
-        bias = own.bias.numpy() + np.asarray(recipe.bias.get(layer, 0.0), np.float32)
-        if layer in recipe.equalisation or layer in recipe.bias or _follows(layer) in recipe.equalisation:
+        shift = recipe.bias.get(layer) if layer not in recipe.keep else None
+        bias = own.bias.numpy() if shift is None else own.bias.numpy() + np.asarray(shift, np.float32)
+        if own is not network.parameters[layer] or shift is not None:
             _replace(model.graph, f"{layer}.weight", weight)
             _replace(model.graph, f"{layer}.bias", bias)
         if layer not in recipe.keep and not (layer == FC and recipe.symmetric):
@@ -34,13 +35,6 @@ def apply(model: ir.Model, network: Network, recipe: Recipe) -> tuple[ir.Model, 
     if recipe.scheme == "onnxruntime":
         return cpu.place(model, ranges, scales, recipe.largest, recipe.keep), None
     return to_float16(tensorrt.place(model, ranges, scales, recipe.keep))
-
-
-def _follows(layer: str) -> str:
-    """The layer before the second of a pair that equalisation changes."""
-    before = {"conv2": "conv1", "conv3": "conv2"}
-    block, _, name = layer.rpartition(".")
-    return f"{block}.{before[name]}" if name in before else ""
 
 
 def _replace(graph: ir.Graph, name: str, array: NDArray) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -19,16 +19,21 @@ from rxdeploy.calibration.choose import Judge, Trial, all_ranges, choose, correc
 from rxdeploy.calibration.equalise import equalised, factors
 from rxdeploy.calibration.gather import Gathered, gather
 from rxdeploy.calibration.methods import find_range
-from rxdeploy.calibration.network import FC, LOGITS, Network
-from rxdeploy.calibration.options import LEAST, CalibrationOptions, Method, SchemeName
+from rxdeploy.calibration.network import Network
+from rxdeploy.calibration.options import CalibrationOptions, Method, SchemeName
 from rxdeploy.calibration.ranges import Range
-from rxdeploy.calibration.recipe import Recipe, ranges_as_data
+from rxdeploy.calibration.recipe import Recipe, ranges_as_data, tensors
 from rxdeploy.calibration.record import Data, Record, TensorFacts, TrialFacts, model_digest
-from rxdeploy.datasets import Batch, Dataset, Item, Stream, listed, sample
+from rxdeploy.datasets import Batch, Dataset, Item, Stream
 from rxdeploy.errors import InputError, printable
+from rxdeploy.export.architecture import multiply_adds
 
 BATCH = 8
 _MAX_BAD = 0.01  # of the images
+# What choices are made on. Few images of a small network say little, and many of a large one take long.
+_LARGE = 10**9  # multiply-adds an image
+_HELD_OUT = {True: 24, False: 128}  # images at most, and at most a quarter of them
+_BATCHES_TRIED = {True: 1, False: 8}  # for equalisation and bias correction
 _WORTH = 0.02  # of the error
 
 
@@ -39,17 +44,6 @@ class Progress(Protocol):
     """Told what happens inside, as pipeline.Reporter.progress is."""
 
     def __call__(self, text: str, fraction: float | None) -> None: ...
-
-
-def choose_images(dataset: Dataset, options: CalibrationOptions) -> tuple[Item, ...]:
-    """The images to calibrate with: those listed, or a seeded sample. InputError when there are too few."""
-    items = listed(dataset, options.listed) if options.listed else sample(dataset, options.images, options.seed)
-    if len(items) < LEAST:
-        raise InputError(
-            f"data {dataset.root}: {len(items)} image{'s' * (len(items) != 1)} to calibrate with; at least {LEAST} are "
-            "needed, and some hundred are good"
-        )
-    return items
 
 
 class Calibration:
@@ -70,7 +64,9 @@ class Calibration:
         self.network, self._progress = network, progress
         self._dataset, self._seed, self._saved = dataset, seed, saved
         self._skipped: dict[str, str] = {}
-        held = held_out(len(items))
+        large = sum(multiply_adds(network.shape).values()) > _LARGE
+        held = max(1, min(_HELD_OUT[large], len(items) // 4))
+        self._batches_tried = _BATCHES_TRIED[large]
         self._items, self._held_items = tuple(items[:-held]), tuple(items[-held:])
         self._allowed = max(1, int(_MAX_BAD * len(items)))
         batches = list(self._batches(self._held_items))
@@ -94,9 +90,7 @@ class Calibration:
         used = tensors(self.network, scheme)
         ranges = {method: {name: each[name] for name in used} for method, each in both[scheme].items()}
         say = self._say
-        recipe, tried = choose(self.judge, ranges, scheme, weight_bits, options.method, equalisation, say)
-        if options.keep:
-            recipe = msgspec.structs.replace(recipe, keep=options.keep)
+        recipe, tried = choose(self.judge, ranges, scheme, weight_bits, options.method, equalisation, say, options.keep)
         recipe, corrected = correct(self.judge, self.network, recipe, self._first(), say)
         return self._record(found, both, recipe, self.judge.verdict(recipe), [*trials, *tried, *corrected])
 
@@ -104,14 +98,9 @@ class Calibration:
         """Every image that was used."""
         return self._items + self._held_items
 
-    def _batches(self, items: Sequence[Item]) -> Iterator[Batch]:
-        """`items` without those that cannot be decoded; InputError when of all images more than a share cannot."""
+    def _batches(self, items: Sequence[Item]) -> _Batches:
         # However many of this part are bad: the share is of all.
-        stream = Stream(self._dataset, items, BATCH, self.network.card.input, max_bad=1)
-        for batch in stream:
-            self._skip(stream)
-            yield batch
-        self._skip(stream)
+        return _Batches(Stream(self._dataset, items, BATCH, self.network.card.input, max_bad=1), self._skip)
 
     def _skip(self, stream: Stream) -> None:
         self._skipped |= {item.name: reason for item, reason in stream.skipped}
@@ -123,10 +112,15 @@ class Calibration:
             )
 
     def _gather(self, equalisation: dict[str, list[float]]) -> Gathered:
-        begin, total = time.monotonic(), len(self._items)
+        total = len(self._items)
+        begun: list[tuple[float, int]] = []  # after the first batch: an earlier run may have left others
 
         def progress(images: int) -> None:
-            rate = images / (time.monotonic() - begin)
+            begun.append((time.monotonic(), images)) if not begun else None
+            since, first = begun[0]
+            if images == first:
+                return
+            rate = (images - first) / (time.monotonic() - since)
             left = (total - images) / rate
             self._progress(f"calibrating {images}/{total}, {rate:.1f} images/s, {left:.0f} s left", images / total)
 
@@ -136,22 +130,24 @@ class Calibration:
         return gather(self.network, self._batches(self._items), saved, parameters, progress, tag)
 
     def _first(self) -> NDArray[np.uint8]:
-        return next(iter(self._batches(self._items))).images
+        first = itertools.islice(self._batches(self._items), self._batches_tried)
+        return np.concatenate([batch.images for batch in first])
 
     def _equalisation(self, scheme: SchemeName, bits: int) -> tuple[dict[str, list[float]], list[Trial]]:
-        """The factors, when ranges from one batch of images show that they lower the error."""
+        """The factors, when ranges of a few images show that they lower the error."""
         self._say("trying equalisation")
         errors: list[float] = []
         tried: dict[str, list[float]] = {}
         for again in (False, True):
             parameters = equalised(self.network, tried) if again else None
-            few = gather(self.network, itertools.islice(self._batches(self._items), 1), None, parameters)
+            first = itertools.islice(self._batches(self._items), self._batches_tried)
+            few = gather(self.network, first, None, parameters)
             histograms, symmetric = few.histograms, scheme == "tensorrt"
             used = {name: find_range(histograms[name], "mse", symmetric) for name in tensors(self.network, scheme)}
             errors.append(self.judge.error(_plain(scheme, bits, used, tried), self.judge.halves()[0]))
             tried = tried or factors(self.network, few.maxima)
         worth = errors[1] < errors[0] * (1 - _WORTH)
-        return (tried if worth else {}), [Trial("equalisation (mse, a batch of images)", errors[1], worth)]
+        return (tried if worth else {}), [Trial("equalisation (mse, ranges of a few images)", errors[1], worth)]
 
     def _record(self, found: Gathered, both: BothRanges, recipe: Recipe, error: float, trials: list[Trial]) -> Record:
         tensors = {
@@ -190,22 +186,17 @@ class Calibration:
         self._progress(text, None)
 
 
-def held_out(count: int) -> int:
-    """How many of `count` images are held out for choosing between methods: a quarter, at most 24."""
-    return max(1, min(24, count // 4))
+class _Batches:
+    """Batches of a stream without what cannot be decoded, of which `skip` is told; may be iterated again."""
 
+    def __init__(self, stream: Stream, skip: Callable[[Stream], None]) -> None:
+        self._stream, self._skip = stream, skip
 
-def tensors(network: Network, scheme: SchemeName) -> list[str]:
-    """The tensors whose ranges a scheme uses."""
-    if scheme == "tensorrt":
-        return list(dict.fromkeys(tensor for layer, tensor in network.inputs().items() if layer != FC))
-    names = []
-    for layer, tensor in network.inputs().items():
-        names.append(tensor)
-        if layer.endswith("conv3"):
-            names.append(layer.replace("conv3", "bn3"))
-    blocks = [block.name for block in network.shape.blocks]
-    return list(dict.fromkeys([*names, "stem.relu", *blocks, LOGITS]))
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self._stream:
+            self._skip(self._stream)
+            yield batch
+        self._skip(self._stream)
 
 
 def _plain(scheme: SchemeName, bits: int, ranges: dict[str, Range], equalisation: dict[str, list[float]]) -> Recipe:
@@ -215,12 +206,13 @@ def _plain(scheme: SchemeName, bits: int, ranges: dict[str, Range], equalisation
 
 
 def recipe_from(record: Record, scheme: SchemeName, weight_bits: int, method: str, keep: tuple[str, ...]) -> Recipe:
-    """The recipe for a target from a calibration that may have been made for another.
+    """The recipe for a target from a calibration that may have been made for another, or by another method.
 
-    InputError when the method asked for is not the one that was chosen and its ranges are not there.
+    Then only the ranges and the equalisation are taken over: corrections and layers kept were found for the other.
     """
     made = record.recipes.get(scheme)
-    if made and method in ("auto", made.method) and made.weight_bits == weight_bits:
+    same = made and (method == "auto" or (method == made.method and not made.methods))
+    if made and same and made.weight_bits == weight_bits:
         return msgspec.structs.replace(made, keep=tuple(dict.fromkeys((*made.keep, *keep)))) if keep else made
     wanted = made.method if made and method == "auto" else "mse" if method == "auto" else method
     ranges = {name: facts.ranges[scheme][wanted] for name, facts in record.tensors.items()}

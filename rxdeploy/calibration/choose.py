@@ -25,7 +25,6 @@ from rxdeploy.calibration.recipe import Quantised, Recipe, WeightCache, logits, 
 from rxdeploy.export.validate import relative_l2
 
 _WORTH = 0.01
-_CORRECTED_ON = 8  # images; more changes nothing that can be measured, and all are in memory at once
 Progress = Callable[[str], None]
 
 
@@ -83,6 +82,7 @@ def choose(
     method: MethodChoice,
     equalisation: dict[str, list[float]],
     progress: Progress,
+    keep: tuple[str, ...] = (),
 ) -> tuple[Recipe, list[Trial]]:
     """The recipe with the smallest error, and everything that was tried."""
     trials: list[Trial] = []
@@ -94,6 +94,7 @@ def choose(
             method=each,
             ranges=ranges_as_data(ranges[each]),
             equalisation=equalisation,
+            keep=keep,
         )
 
     if method != "auto":
@@ -132,7 +133,7 @@ def correct(
         scaled = msgspec.structs.replace(recipe, weight_scales="mse")
         recipe = _better(judge, recipe, scaled, "weight scales by mse", trials)
     progress("trying bias correction")
-    bias = corrections(network, recipe, images[:_CORRECTED_ON], judge.cache)
+    bias = corrections(network, recipe, images, judge.cache)
     return _better(judge, recipe, msgspec.structs.replace(recipe, bias=bias), "bias correction", trials), trials
 
 

@@ -74,20 +74,24 @@ def gather(
 ) -> Gathered:
     """Run the float network over all `batches`; `parameters` replace its own. CheckFailed for NaN activations.
 
-    With `saved`, what an earlier pass over the same images left there, with the same `tag`, is not computed again; the
-    caller sees to it that the images are the same, and removes the file.
+    With `saved`, what an earlier pass with the same `tag` left there is not computed again, unless its images were
+    others (then `batches` are begun anew). The caller removes the file.
     """
     found = Gathered.load(saved) if saved else Gathered(tag)
     if found.tag != tag:
         found = Gathered(tag)
-    steps, seen, since = _Gather(network, found, parameters), 0, time.monotonic()
+    steps, since = _Gather(network, found, parameters), time.monotonic()
+    seen, content = 0, ""
     for batch in batches:
         seen += len(batch.items)
-        if seen <= found.images:
-            continue  # decoded again, which is the smaller part
+        content = hashlib.sha256(" ".join((content, *batch.digests)).encode()).hexdigest()
+        if seen <= found.images:  # decoded again, which is the smaller part
+            if saved and seen == found.images and content != found.content:
+                saved.unlink()
+                return gather(network, batches, saved, parameters, progress, tag)
+            continue
         network.run(batch.images, steps)
-        found.images = seen
-        found.content = hashlib.sha256(" ".join((found.content, *batch.digests)).encode()).hexdigest()
+        found.images, found.content = seen, content
         progress(seen)
         if saved and time.monotonic() - since > _SAVE_SECONDS:
             found.save(saved)

@@ -49,13 +49,6 @@ class Histogram:
             some = some[some >= 0]
         _count(some, self.positive)
 
-    def merge(self, other: Histogram) -> None:
-        """Count what `other` counted too."""
-        self.low, self.high = min(self.low, other.low), max(self.high, other.high)
-        self.positive = self.positive + other.positive
-        if other.negative is not None:
-            self.negative = other.negative + (0 if self.negative is None else self.negative)
-
     def values(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Bin centres in rising order, and their counts; only bins that are not empty."""
         centres, counts = _side(self.positive)

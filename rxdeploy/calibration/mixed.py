@@ -1,4 +1,4 @@
-"""Mixed precision: as few layers as can be stay in float16 until a target holds."""
+"""Mixed precision: as few layers as can be stay in floating point until a target holds."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Measure = Callable[[Recipe], float]  # larger is better
 
 @dataclass(frozen=True)
 class Mixed:
-    """What keeping layers in float16 gained, and costs."""
+    """What keeping layers in floating point gained, and costs."""
 
     layers: tuple[str, ...]
     target: str
@@ -58,12 +58,12 @@ def keep_until(
     if before >= least:
         return recipe, Mixed((), target, before, before, _share(network, recipe.keep))
     # `enough` layers are known to do, `few` not to; no layer at all is not enough, all of them must be.
-    if (best := measure(keeping(order))) < least:
-        raise CheckFailed(f"{target} cannot be reached: with every layer in float16 it is {best:.4g}")
+    if not (best := measure(keeping(order))) >= least:
+        raise CheckFailed(f"{target} cannot be reached: with no layer in int8 it is {abs(best):.4g}")
     few, enough = 0, len(order)
     while enough - few > 1:
         middle = (few + enough) // 2
-        progress(f"{middle} layers in float16")
+        progress(f"{middle} layers in floating point")
         if measure(keeping(order[:middle])) >= least:
             enough = middle
         else:
@@ -71,9 +71,11 @@ def keep_until(
     kept = order[:enough]
     for layer in kept[-_TRIES:][::-1]:
         without = [each for each in kept if each != layer]
-        progress(f"{len(without)} layers in float16")
+        progress(f"{len(without)} layers in floating point")
         if without and measure(keeping(without)) >= least:
             kept = without
+    if len(kept) == len(order):
+        raise CheckFailed(f"{target} leaves no layer in int8; build with --fp16")
     found = keeping(kept)
     return found, Mixed(tuple(kept), target, before, measure(found), _share(network, found.keep))
 
@@ -85,4 +87,4 @@ def _share(network: Network, keep: Sequence[str]) -> float:
 
 def sqnr(error: float) -> float:
     """Signal to quantisation noise in dB, of a relative L2 error."""
-    return -20 * math.log10(error) if error > 0 else math.inf
+    return -20 * math.log10(error) if error else math.inf

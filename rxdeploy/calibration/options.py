@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -42,6 +43,8 @@ class CalibrationOptions:
             )
         if self.images < LEAST:
             raise InputError(f"--calibration-images {self.images}: it must be at least {LEAST}")
+        if self.min_sqnr is not None and not math.isfinite(self.min_sqnr):
+            raise InputError(f"--min-sqnr {self.min_sqnr}: it must be a number of dB")
         if self.max_drop is not None and not 0 < self.max_drop <= 100:
             raise InputError(f"--max-drop {self.max_drop:g}: points of accuracy, more than 0 and at most 100")
         if (self.min_sqnr is not None or self.max_drop is not None) and not self.data:

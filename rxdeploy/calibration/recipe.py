@@ -25,7 +25,7 @@ from torch import Tensor
 
 from rxdeploy.calibration import weights as to_int8
 from rxdeploy.calibration.equalise import equalised
-from rxdeploy.calibration.network import FC, POOLED, Network, Parameters, Steps
+from rxdeploy.calibration.network import FC, INPUT, LOGITS, POOLED, STEM, Network, Parameters, Steps
 from rxdeploy.calibration.options import Method, SchemeName
 from rxdeploy.calibration.ranges import Range
 from rxdeploy.calibration.weights import WeightScales
@@ -96,7 +96,9 @@ class Quantised(Steps):
         self._symmetric = recipe.symmetric
         self._units = {name: units(recipe.range(name), recipe.symmetric) for name in recipe.ranges}
         self._last: tuple[str, Tensor, Tensor] | None = None  # what was rounded last: its name, before and after
+        self._by_reader = recipe.symmetric or only is not None
         self._keep, self._only = frozenset(recipe.keep), only if only is None else frozenset(only)
+        self._blocks = {block.name for block in network.shape.blocks}
         self.own, rounded = (cache or WeightCache()).parameters(network, recipe)
         self._parameters = {
             layer: Parameters(weight, self.own[layer].bias + torch.tensor(recipe.bias.get(layer, 0.0)))
@@ -105,18 +107,27 @@ class Quantised(Steps):
 
     def is_quantised(self, layer: str) -> bool:
         """Whether `layer` computes in integers."""
-        if self._symmetric and layer == FC:
+        if layer == FC if self._symmetric else layer in self._blocks:
             return False
         return layer not in self._keep and (self._only is None or layer in self._only)
 
     def tensor(self, name: str, value: Tensor) -> Tensor:
-        if self._symmetric or self._only is not None or name == POOLED:
-            return value  # max-pooling gives values of its input, which are rounded already
+        if name == POOLED or not self._arrives_rounded(name):
+            return value  # max-pooling gives values of its input
         return self._units[name].round(value)
 
+    def _arrives_rounded(self, name: str) -> bool:
+        """Whether whoever reads the tensor gets it rounded; otherwise every reader says for itself.
+
+        For TensorRT that is so always. On a CPU what an integer kernel gives is rounded: additions, pooling and,
+        unless they are kept, convolutions (see cpu.py).
+        """
+        if self._by_reader or name in (INPUT, LOGITS):
+            return False
+        return not name.endswith(".relu") or name == STEM or self.is_quantised(name.removesuffix(".relu"))
+
     def taken(self, name: str, value: Tensor, layer: str) -> Tensor:
-        # For TensorRT every reader says for itself; on a CPU the tensor was rounded when it was computed.
-        if not self.is_quantised(layer) or not (self._symmetric or self._only is not None):
+        if not self.is_quantised(layer) or self._arrives_rounded(name):
             return value
         # Up to three layers read a tensor, one after the other.
         if self._last is None or self._last[0] != name or self._last[1] is not value:
@@ -157,6 +168,23 @@ def _rounded(weight: Tensor, recipe: Recipe) -> Tensor:
 def logits(network: Network, steps: Steps, images: NDArray[np.uint8], batch: int = 8) -> NDArray[np.float32]:
     """Logits (n, classes) of images (n, size, size, 3), a few at a time."""
     return np.concatenate([network.run(images[i : i + batch], steps) for i in range(0, len(images), batch)])
+
+
+def quantisable(network: Network, scheme: SchemeName) -> list[str]:
+    """The layers that a scheme quantises, and that may be kept from it: for TensorRT shortcuts by their block's name,
+    for a CPU the classifier."""
+    blocks = {block.name for block in network.shape.blocks}
+    return [layer for layer in network.inputs() if (layer != FC if scheme == "tensorrt" else layer not in blocks)]
+
+
+def tensors(network: Network, scheme: SchemeName) -> list[str]:
+    """The tensors whose ranges a scheme uses."""
+    reads = network.inputs()
+    if scheme == "tensorrt":
+        return list(dict.fromkeys(tensor for layer, tensor in reads.items() if layer != FC))
+    sums = [block.convs[-1].bn for block in network.shape.blocks]
+    blocks = [block.name for block in network.shape.blocks]
+    return list(dict.fromkeys([*reads.values(), *sums, *blocks, STEM]))
 
 
 def ranges_as_data(ranges: Mapping[str, Range]) -> dict[str, tuple[float, float]]:

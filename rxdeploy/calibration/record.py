@@ -5,17 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import msgspec
 
+from rxdeploy.calibration.equalise import pairs
 from rxdeploy.calibration.network import Network
-from rxdeploy.calibration.options import SchemeName
-from rxdeploy.calibration.recipe import Recipe
+from rxdeploy.calibration.options import METHODS, SchemeName
+from rxdeploy.calibration.recipe import Recipe, quantisable, tensors
 from rxdeploy.errors import InputError
 
 SCHEMA: Literal[1] = 1
+_LARGEST = 1e6  # of a range: its scale has to fit float16
 _LINE = 600  # characters: what is known of a tensor
 
 
@@ -64,7 +67,8 @@ class Record(msgspec.Struct, kw_only=True, frozen=True):
 
 def model_digest(network: Network) -> str:
     """sha256 over the folded parameters, as they are before anything is quantised: says which model it is."""
-    digest = hashlib.sha256()
+    # What the ranges depend on besides the weights: how images become inputs, and the layers' strides and groups.
+    digest = hashlib.sha256(repr((network.card.input, network.shape)).encode())
     for layer, own in network.parameters.items():
         digest.update(layer.encode())
         for tensor in (own.weight, own.bias):
@@ -72,8 +76,8 @@ def model_digest(network: Network) -> str:
     return digest.hexdigest()
 
 
-def read_record(path: Path, model: str, digest: str) -> Record:
-    """The calibration in a file. InputError when it is none, is damaged, or is of another model."""
+def read_record(path: Path, network: Network) -> Record:
+    """The calibration in a file. InputError when it is none, is damaged or altered, or is of another model."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -88,14 +92,47 @@ def read_record(path: Path, model: str, digest: str) -> Record:
         record = msgspec.convert(head, Record)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"calibration {path}: damaged, or not made by rxdeploy: {error}; calibrate again") from None
-    if record.model_sha256 != digest:
-        what = f"of {record.model}" if record.model != model else f"of other weights of {model}"
+    model = network.card.name
+    if record.model_sha256 != model_digest(network):
+        what = f"of {record.model}" if record.model != model else f"of other weights or another card of {model}"
         raise InputError(f"calibration {path}: it is {what}, and ranges of one model mean nothing to another")
-    for scheme, recipe in record.recipes.items():
-        for name, ends in recipe.ranges.items():
-            if not (all(math.isfinite(end) for end in ends) and ends[0] <= ends[1]):
-                raise InputError(f"calibration {path}: {scheme}: the range of {name} is {ends}; calibrate again")
+    if problem := next(_problems(record, network), None):
+        raise InputError(f"calibration {path}: {problem}; calibrate again")
     return record
+
+
+def _problems(record: Record, network: Network) -> Iterator[str]:
+    """What no calibration of this model has."""
+    schemes: tuple[SchemeName, ...] = get_args(SchemeName)
+    for scheme in schemes:
+        for name in tensors(network, scheme):
+            facts = record.tensors.get(name)
+            ranges = facts.ranges.get(scheme, {}) if facts else {}
+            if set(ranges) != set(METHODS):
+                yield f"the tensor {name} has not every method's range for {scheme}"
+            yield from (f"the range of {name} is {ends}" for ends in ranges.values() if not _is_range(ends))
+    channels = {conv.name: conv.out_channels for conv in network.shape.convs()}
+    for scheme, recipe in record.recipes.items():
+        if recipe.scheme != scheme or not 2 <= recipe.weight_bits <= 8:
+            yield f"the recipe for {scheme} is for {recipe.scheme}, with {recipe.weight_bits} bits"
+        if unknown := set(recipe.keep) - set(quantisable(network, scheme)):
+            yield f"it keeps {min(unknown)} in float, which {scheme} does not quantise"
+        for name in tensors(network, scheme):
+            if name not in recipe.ranges or not _is_range(recipe.ranges[name]):
+                yield f"the range of {name} for {scheme} is {recipe.ranges.get(name, 'missing')}"
+        for layer, shifts in recipe.bias.items():
+            if len(shifts) != channels.get(layer) or not all(map(math.isfinite, shifts)):
+                yield f"the bias correction of {layer} does not fit"
+        first = {conv.name for conv, _ in pairs(network)}
+        for layer, factors in recipe.equalisation.items():
+            if layer not in first or len(factors) != channels[layer] or not all(1e-3 <= f <= 1e3 for f in factors):
+                yield f"the equalisation of {layer} does not fit"
+        if not record.errors.get(scheme, 0.0) >= 0:
+            yield f"the error for {scheme} is {record.errors[scheme]}"
+
+
+def _is_range(ends: tuple[float, float]) -> bool:
+    return all(map(math.isfinite, ends)) and ends[0] <= 0 <= ends[1] <= _LARGEST and ends[0] >= -_LARGEST
 
 
 def load_recipe(path: Path, scheme: SchemeName) -> Recipe:

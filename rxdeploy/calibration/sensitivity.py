@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from rxdeploy.calibration.network import FC, Network, Steps
-from rxdeploy.calibration.recipe import Quantised, Recipe, WeightCache, logits
+from rxdeploy.calibration.recipe import Quantised, Recipe, WeightCache, logits, quantisable
 from rxdeploy.export.architecture import multiply_adds
 from rxdeploy.export.validate import relative_l2
 
@@ -39,7 +39,7 @@ class Sensitivity:
 
 def layers(network: Network, recipe: Recipe) -> list[str]:
     """What `recipe` quantises, in order of computation."""
-    return [layer for layer in network.inputs() if layer not in recipe.keep and not (layer == FC and recipe.symmetric)]
+    return [layer for layer in quantisable(network, recipe.scheme) if layer not in recipe.keep]
 
 
 def sensitivities(

@@ -6,6 +6,7 @@ Light: the network, and PyTorch with it, are imported when it runs.
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +15,16 @@ import numpy as np
 
 from rxdeploy.calibration.cpu import weight_bits
 from rxdeploy.calibration.options import HELD_OUT, CalibrationOptions, SchemeName
+from rxdeploy.calibration.selection import choose_images
 from rxdeploy.cards import ModelCard
 from rxdeploy.datasets import Dataset, Item, Stream, open_dataset, sample
 from rxdeploy.engines.bundle import CALIBRATION, sha256_of
 from rxdeploy.errors import CheckFailed, InputError
+from rxdeploy.export.architecture import resnext
 
 if TYPE_CHECKING:
     from rxdeploy.calibration.calibrate import Calibration, Progress
+    from rxdeploy.calibration.mixed import Measure
     from rxdeploy.calibration.network import Network
     from rxdeploy.calibration.recipe import Recipe
     from rxdeploy.calibration.record import Record
@@ -41,11 +45,10 @@ class CalibrationStage:
         self._card, self._options, self._scheme = card, options, scheme
         self._cache, self._progress = cache / "calibrating", progress
         self.weight_bits = weight_bits() if scheme == "onnxruntime" else 8
+        _check_keep(card, options.keep, scheme)
         self._dataset: Dataset | None = None
         self._items: tuple[Item, ...] = ()
         if options.data:
-            from rxdeploy.calibration.calibrate import choose_images
-
             self._dataset = open_dataset(
                 options.data,
                 card.architecture.num_classes,
@@ -63,6 +66,7 @@ class CalibrationStage:
             "weight_bits": self.weight_bits,
             "method": options.method,
             "keep": options.keep,
+            "seed": options.seed,
             "min_sqnr": options.min_sqnr,
             "max_drop": options.max_drop,
         }
@@ -87,7 +91,6 @@ class CalibrationStage:
         mixed: dict[str, Any] | None = None
         saved = self._cache / key
         if self._dataset:
-            saved.mkdir(parents=True, exist_ok=True)
             calibration = self._calibration(network, saved)
             record = calibration.run(self._scheme, self.weight_bits, self._options)
             record, mixed = self._mix(network, calibration, record)
@@ -101,10 +104,10 @@ class CalibrationStage:
     def describe(self, facts: dict[str, Any]) -> str:
         """A line on what came out."""
         if facts["sqnr_db"] is None:
-            return f"{facts['method']} ranges from {self._options.file}"
+            return f"{facts['method']} ranges" + (f" from {self._options.file}" if self._options.file else "")
         extra = [name for name in ("equalisation", "bias_correction") if facts[name]]
         also = f", with {' and '.join(extra).replace('_', ' ')}" if extra else ""
-        kept = f"; {len(facts['keep'])} layers kept in float16" if facts["keep"] else ""
+        kept = f"; {len(facts['keep'])} layers kept in floating point" if facts["keep"] else ""
         skipped = f"; {len(facts['skipped'])} images skipped" if facts["skipped"] else ""
         return f"{facts['images']} images, {facts['method']}{also}; SQNR {facts['sqnr_db']:.1f} dB{kept}{skipped}"
 
@@ -132,10 +135,10 @@ class CalibrationStage:
 
     def _from_file(self, network: Network) -> Record:
         from rxdeploy.calibration.calibrate import recipe_from
-        from rxdeploy.calibration.record import model_digest, read_record
+        from rxdeploy.calibration.record import read_record
 
         assert self._options.file is not None
-        record = read_record(self._options.file, self._card.name, model_digest(network))
+        record = read_record(self._options.file, network)
         recipe = recipe_from(record, self._scheme, self.weight_bits, self._options.method, self._options.keep)
         made = record.recipes.get(self._scheme) == recipe
         errors = {self._scheme: record.errors[self._scheme]} if made and self._scheme in record.errors else {}
@@ -151,9 +154,10 @@ class CalibrationStage:
         if options.min_sqnr is not None:
             target, least = f"SQNR of {options.min_sqnr:g} dB", options.min_sqnr
 
-            def measure(tried: Recipe) -> float:
-                return sqnr(calibration.judge.error(tried))
+            def measured(tried: Recipe) -> float:
+                return sqnr(calibration.judge.verdict(tried))
 
+            measure: Measure = measured
         elif options.max_drop is not None:
             target, least = f"a drop of at most {options.max_drop:g} points", -options.max_drop
             measure = self._drop(network, set(calibration.images()))
@@ -168,21 +172,22 @@ class CalibrationStage:
         else:
             ranked = sensitivities(network, recipe, calibration.held[:_SENSITIVITY_ON], self._progress)
         recipe, mixed = keep_until(network, recipe, ranked, measure, least, target, say)
-        error = calibration.judge.error(recipe)
+        error = calibration.judge.verdict(recipe)
+        if options.max_drop is not None:  # as a drop, not as what is gained
+            mixed = replace(mixed, before=-mixed.before, after=-mixed.after)
         return (
             msgspec.structs.replace(record, recipes={self._scheme: recipe}, errors={self._scheme: error}),
             mixed.as_facts(),
         )
 
-    def _drop(self, network: Network, used: set[Item]) -> Any:
+    def _drop(self, network: Network, used: set[Item]) -> Measure:
         """Minus the points of top-1 accuracy that a recipe loses, on labelled images not calibrated with."""
         from rxdeploy.calibration.network import Steps
         from rxdeploy.calibration.recipe import Quantised, WeightCache, logits
 
         assert self._dataset is not None
-        others = [item for item in self._dataset.items if item not in used]
-        chosen = set(sample(self._dataset, min(len(self._dataset.items), _JUDGED_ON + len(used)), self._options.seed))
-        items = [item for item in others if item in chosen][:_JUDGED_ON]
+        drawn = sample(self._dataset, _JUDGED_ON + len(used), self._options.seed + 1)  # shuffled: any part is even
+        items = [item for item in drawn if item not in used][:_JUDGED_ON]
         if len(items) < _LABELLED_LEAST:
             raise InputError(
                 f"data {self._dataset.root}: {len(items)} labelled images besides those calibrated with, too few to "
@@ -199,6 +204,19 @@ class CalibrationStage:
             return 100 * (float((found.argmax(1) == labels).mean()) - exact)
 
         return measure
+
+
+def _check_keep(card: ModelCard, keep: tuple[str, ...], scheme: SchemeName) -> None:
+    """InputError for a layer that int8 would not change anyway."""
+    network = resnext(card)
+    blocks = [block.name for block in network.blocks]
+    names = {conv.name for conv in network.convs()} | set(blocks if scheme == "tensorrt" else ["fc"])
+    if unknown := sorted(set(keep) - names):
+        also = f"shortcuts by their block ({blocks[0]})" if scheme == "tensorrt" else "fc"
+        raise InputError(
+            f"--keep {unknown[0]}: no layer that is quantised for {scheme}; those are convolutions "
+            f"({network.stem.name}, {blocks[0]}.conv1, ...) and {also}"
+        )
 
 
 def _facts(record: Record, recipe: Recipe, mixed: dict[str, Any] | None) -> dict[str, Any]:
@@ -221,5 +239,5 @@ def _facts(record: Record, recipe: Recipe, mixed: dict[str, Any] | None) -> dict
         "content_sha256": record.data.content_sha256,
         "skipped": [name for name, _ in record.data.skipped],
         "relative_l2": error,
-        "sqnr_db": None if error is None else sqnr(error),
+        "sqnr_db": sqnr(error) if error else None,  # nothing says infinite in JSON
     }

@@ -218,7 +218,7 @@ def write_bundle(destination: Path, manifest: Manifest, files: dict[str, Path | 
 
 def manifest_json(manifest: Manifest) -> str:
     """The manifest as the text of manifest.json: readable, and the same for the same build."""
-    return json.dumps(msgspec.to_builtins(manifest), indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(msgspec.to_builtins(manifest), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def check_destination(destination: Path, model: str, precision: str, overwrite: bool) -> None:

@@ -58,6 +58,8 @@ def _layer(node: ir.Node) -> LayerPrecision:
 def _source(value: ir.Value) -> ir.Value:
     producer = value.producer()
     while producer is not None and producer.op_type == "DequantizeLinear" and producer.inputs[0] is not None:
+        if "axis" in producer.attributes and producer.inputs[0].const_value is None:
+            break  # by channel: cpu.py lets layers that stay in float read through it
         value = producer.inputs[0]
         producer = value.producer()
     return value

@@ -19,14 +19,13 @@ from numpy.typing import NDArray
 from rxdeploy.calibration import apply as applying
 from rxdeploy.calibration import weights as to_int8
 from rxdeploy.calibration.apply import apply
-from rxdeploy.calibration.calibrate import tensors
 from rxdeploy.calibration.choose import all_ranges
 from rxdeploy.calibration.correct import corrections
 from rxdeploy.calibration.equalise import factors
 from rxdeploy.calibration.gather import Gathered, gather
 from rxdeploy.calibration.network import Network, Steps
 from rxdeploy.calibration.ranges import Range
-from rxdeploy.calibration.recipe import Quantised, Recipe, logits, ranges_as_data, units
+from rxdeploy.calibration.recipe import Quantised, Recipe, logits, ranges_as_data, tensors, units
 from rxdeploy.datasets import Stream, from_arrays
 from rxdeploy.errors import CheckFailed, InputError
 from rxdeploy.export.graph import build_graph, serialise
@@ -63,20 +62,27 @@ def run(model: ir.Model, images: NDArray[np.uint8]) -> NDArray[np.float32]:
     return session.run(None, {"image": images})[0]
 
 
+KEPT = {"tensorrt": ("layer2.0.conv2", "layer3.0", "conv1"), "onnxruntime": ("layer2.0.conv2", "fc", "conv1")}
+
+
+@pytest.mark.parametrize("scheme", ["tensorrt", "onnxruntime"])
 def test_the_simulation_is_the_graph(
-    digits: Any, network: Network, recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+    digits: Any, network: Network, recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, scheme: str
 ) -> None:
     """Before float16; a sum in another order moves a value across a rounding border now and then."""
+    # On a CPU every tensor is rounded, and each border that is crossed makes others be crossed behind it.
+    limit = {"tensorrt": 2e-3, "onnxruntime": 7e-3}[scheme]
     monkeypatch.setattr(applying, "to_float16", lambda model: (model, None))
     graph, exact = build_graph(digits.card, digits.weights), logits(network, Steps(), digits.held_out)
-    maxima = gather(network, Stream(from_arrays(digits.train, None), (), 8, digits.card.input)).maxima
-    assert maxima == {}
-    for changes in ({}, {"keep": ("layer2.0.conv2", "layer3.0", "conv1")}, {"weight_scales": "mse"}):
-        tried = recipe(**changes)
+    bias = corrections(network, recipe(scheme), digits.train[:8])
+    for changes in ({}, {"keep": KEPT[scheme]}, {"weight_scales": "mse"}, {"keep": KEPT[scheme], "bias": bias}):
+        tried = recipe(scheme, **changes)
         simulated = logits(network, Quantised(network, tried), digits.held_out)
         model, _ = apply(graph, network, tried)
-        assert relative_l2(run(model, digits.held_out), simulated) < 2e-3
-        assert relative_l2(simulated, exact) > 5e-3  # it is quantised
+        result = run(model, digits.held_out)
+        assert relative_l2(result, simulated) < limit
+        assert relative_l2(result, exact) == pytest.approx(relative_l2(simulated, exact), rel=0.15)
+        assert relative_l2(simulated, exact) > 4e-3  # it is quantised
 
 
 def test_equalisation_and_bias_correction_reach_the_graph(

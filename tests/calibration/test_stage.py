@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -24,6 +25,7 @@ from rxdeploy.cards import find_card
 from rxdeploy.cli import run as run_command
 from rxdeploy.engines.bundle import Bundle, open_bundle
 from rxdeploy.errors import CheckFailed, InputError
+from rxdeploy.export.weights import load_weights, resolve_weights
 from rxdeploy.pipeline import Pipeline, Request, Stage
 
 DIGITS = "digits_resnext14_8x8d"
@@ -131,13 +133,16 @@ def test_of_another_model_it_is_refused(
     file = tmp_path / "calibration.json"
     file.write_text(json.dumps(calibration(request_for(), tmp_path)))
     card = make_card()
-    network = Network(card, random_weights(card))
-    from rxdeploy.calibration.record import model_digest
-
     with pytest.raises(InputError, match=f"it is of {DIGITS}, and ranges of one model mean nothing to another"):
-        read_record(file, card.name, model_digest(network))
-    with pytest.raises(InputError, match=f"it is of other weights of {DIGITS}"):
-        read_record(file, DIGITS, model_digest(network))
+        read_record(file, Network(card, random_weights(card)))
+    card = find_card(DIGITS)
+    with pytest.raises(InputError, match=f"it is of other weights or another card of {DIGITS}"):
+        read_record(file, Network(card, random_weights(card)))
+    weights = load_weights(card, resolve_weights(card, None, tmp_path))
+    read_record(file, Network(card, weights))
+    other = msgspec.structs.replace(card, input=msgspec.structs.replace(card.input, mean=(0.1, 0.1, 0.1)))
+    with pytest.raises(InputError, match="another card"):
+        read_record(file, Network(other, weights))
 
 
 @pytest.mark.parametrize(
@@ -171,6 +176,61 @@ def test_ranges_that_are_none(request_for: Callable[..., Request], tmp_path: Pat
         calibration(request_for(data=None, file=file, placement="tensorrt"), tmp_path)
 
 
+def _set(record: dict[str, Any], *way: Any, value: Any) -> None:
+    for key in way[:-1]:
+        record = record[key]
+    record[way[-1]] = value
+
+
+RECIPE = ("recipes", "tensorrt")
+
+
+@pytest.mark.parametrize(
+    ("way", "value", "match"),
+    [
+        (("tensors", "layer1.0", "ranges", "tensorrt"), {}, "has not every method's range"),
+        (("tensors", "layer1.0", "ranges", "onnxruntime", "mse"), [3.0, 1.0], "the range of layer1.0"),
+        ((*RECIPE, "bias"), {"conv1": [0.1]}, "the bias correction of conv1"),
+        ((*RECIPE, "bias"), {"conv9": [0.1]}, "the bias correction of conv9"),
+        ((*RECIPE, "equalisation"), {"layer1.0.conv1": [-1.0] * 64}, "the equalisation of layer1.0.conv1"),
+        ((*RECIPE, "equalisation"), {"conv1": [1.0] * 64}, "the equalisation of conv1"),
+        ((*RECIPE, "keep"), ["fc"], "it keeps fc in float"),
+        ((*RECIPE, "scheme"), "onnxruntime", "the recipe for tensorrt is for onnxruntime"),
+        ((*RECIPE, "weight_bits"), 1, "with 1 bits"),
+        ((*RECIPE, "ranges", "input"), [-1e30, 1e30], "the range of input"),
+        (("errors", "tensorrt"), -1.0, "the error for tensorrt"),
+    ],
+)
+def test_an_altered_file(
+    request_for: Callable[..., Request], tmp_path: Path, way: tuple[str, ...], value: Any, match: str
+) -> None:
+    made = calibration(request_for(placement="tensorrt"), tmp_path)
+    _set(made, *way, value=value)
+    file = tmp_path / "calibration.json"
+    file.write_text(json.dumps(made))
+    with pytest.raises(InputError, match=f"{match}.*; calibrate again"):
+        calibration(request_for(data=None, file=file, placement="tensorrt"), tmp_path)
+
+
+def test_other_images_than_before_are_begun_anew(
+    request_for: Callable[..., Request], digits: Any, tmp_path: Path
+) -> None:
+    from rxdeploy.calibration.gather import gather
+    from rxdeploy.datasets import Stream, from_arrays
+
+    network, saved = Network(digits.card, digits.weights), tmp_path / "saved.npz"
+
+    def run(images: Any, to: Path | None) -> Any:
+        data = from_arrays(images, None)
+        return gather(network, Stream(data, data.items, BATCH, digits.card.input), to)
+
+    run(digits.train[:16], saved)
+    found, expected = run(digits.train[8:40], saved), run(digits.train[8:40], None)
+    assert (found.images, found.content) == (32, expected.content)
+    for name, histogram in found.histograms.items():
+        np.testing.assert_array_equal(histogram.positive, expected.histograms[name].positive)
+
+
 def test_an_interrupted_calibration_goes_on(
     request_for: Callable[..., Request], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,7 +240,7 @@ def test_an_interrupted_calibration_goes_on(
 
     def interrupted(self: Network, images: Any, steps: Any) -> Any:
         runs.append(type(steps).__name__)
-        if runs.count("_Gather") == 2 + 4:  # equalisation is tried on a batch, twice
+        if runs.count("_Gather") == 2 * 4 + 4:  # equalisation is tried on all four batches, twice
             raise KeyboardInterrupt
         return real(self, images, steps)
 
@@ -191,7 +251,7 @@ def test_an_interrupted_calibration_goes_on(
     runs[:] = []
     monkeypatch.setattr(Network, "run", lambda self, *a: (runs.append(type(a[1]).__name__), real(self, *a))[1])
     found = calibration(request_for(), tmp_path)
-    assert runs.count("_Gather") == 2 + 1  # of four batches three were done
+    assert runs.count("_Gather") == 2 * 4 + 1  # of four batches three were done
     assert found == whole
     assert not list((tmp_path / "cache" / "calibrating").iterdir())
 
@@ -231,8 +291,6 @@ def test_a_list_of_images(request_for: Callable[..., Request], data: Path, tmp_p
 
 
 def test_weights_that_give_nan(request_for: Callable[..., Request], tmp_path: Path) -> None:
-    from rxdeploy.export.weights import load_weights, resolve_weights
-
     card = find_card(DIGITS)
     weights = dict(load_weights(card, resolve_weights(card, None, tmp_path)))
     weights["layer2.0.bn2.bias"] = np.full_like(weights["layer2.0.bn2.bias"], np.inf)
@@ -283,6 +341,8 @@ def test_commands(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     assert run_command(["validate", DIGITS, "--onnx", "m.onnx", "--json"]) == 0
     out = capsys.readouterr().out
     assert json.loads(out[out.index("{") :])["precision"] == "int8"
+    assert run_command(["validate", DIGITS, "--onnx", "m.onnx", "--layers", "--json"]) == 0
+    capsys.readouterr()
     build = ["build", DIGITS, "--target", "onnxruntime", "-o", "b"]
     assert run_command([*build, "--int8", *images]) == 0
     assert "quantised      for onnxruntime: " in capsys.readouterr().out
@@ -292,7 +352,9 @@ def test_commands(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     for wrong, message in (
         ([*build, "--int8"], "int8 needs images to calibrate with"),
         ([*build, "--fp16", *images], "the options on calibration are for --int8"),
-        ([*build, "--int8", *images, "--keep", "layer7.0"], "the model has no layer layer7.0"),
+        ([*build, "--int8", *images, "--keep", "layer7.0"], "--keep layer7.0: no layer that is quantised for onnx"),
+        ([*build, "--int8", *images, "--keep", "layer3.0"], "--keep layer3.0: no layer that is quantised for onnx"),
+        ([*build, "--int8", *images, "--min-sqnr", "nan"], "--min-sqnr nan"),
     ):
         assert run_command(wrong) == 2
         assert message in capsys.readouterr().err
