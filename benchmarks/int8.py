@@ -120,7 +120,7 @@ def clustered(comparison: Comparison, digits: NDArray[np.int64]) -> list[float]:
     """The drop's interval when variants of one digit are not taken for independent: a bootstrap over the digits."""
     changed = np.zeros(len(digits))
     for change in comparison.changes:
-        changed[int(change.name)] = {"lost": 1.0, "gained": -1.0}.get(change.kind, 0.0)
+        changed[int(change.image)] = {"lost": 1.0, "gained": -1.0}.get(change.kind, 0.0)
     _, group = np.unique(digits, return_inverse=True)
     sums = np.bincount(group, changed)
     random = np.random.default_rng(0)

@@ -1143,7 +1143,10 @@ def larger_card(make_card: MakeCard) -> ModelCard:
 def test_ctrl_c_from_outside(shell: Shell, ctrl_c: None, larger_card: ModelCard) -> None:
     build = ("build", str(larger_card.path), "--weights", "synthetic", "--target", "onnxruntime", "-o", "bundle")
     draw = random.Random(4)
-    for last_stage in ("", "export", "validate fp32", "validate fp16"):
+    again = 3
+    stages = ["", "export", "validate fp32", "validate fp16"]
+    while stages:
+        last_stage = stages[0]
         process = subprocess.Popen(
             [sys.executable, "-m", "rxdeploy", *build], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
@@ -1156,6 +1159,12 @@ def test_ctrl_c_from_outside(shell: Shell, ctrl_c: None, larger_card: ModelCard)
         time.sleep(draw.uniform(0, 0.1))
         process.send_signal(signal.SIGINT)
         out, rest = process.communicate(timeout=60)
+        if process.returncode == -signal.SIGSEGV and again:
+            # Seen once, on a busy machine: a library that is just being loaded, or unloaded, crashes.
+            again -= 1
+            assert not Path("bundle").exists()
+            continue
+        del stages[0]
         if last_stage in ("", "export"):  # of the later stages, some are too quick to be hit for sure
             assert process.returncode == INTERRUPTED
         if process.returncode == INTERRUPTED and not out:

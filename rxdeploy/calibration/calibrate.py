@@ -36,7 +36,6 @@ _HELD_OUT = {True: 24, False: 128}  # images at most, and at most a quarter of t
 _BATCHES_TRIED = {True: 1, False: 8}  # for equalisation and bias correction
 _WORTH = 0.02  # of the error
 
-
 BothRanges = dict[SchemeName, dict[Method, dict[str, Range]]]
 
 
@@ -116,10 +115,10 @@ class Calibration:
         begun: list[tuple[float, int]] = []  # after the first batch: an earlier run may have left others
 
         def progress(images: int) -> None:
-            begun.append((time.monotonic(), images)) if not begun else None
-            since, first = begun[0]
-            if images == first:
+            if not begun:
+                begun.append((time.monotonic(), images))
                 return
+            since, first = begun[0]
             rate = (images - first) / (time.monotonic() - since)
             left = (total - images) / rate
             self._progress(f"calibrating {images}/{total}, {rate:.1f} images/s, {left:.0f} s left", images / total)
