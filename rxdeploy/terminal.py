@@ -27,11 +27,16 @@ def stdout() -> Console:
     return Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
 
 
+def stderr() -> Console:
+    """The console for progress."""
+    return Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else PIPE_WIDTH)
+
+
 class TerminalReporter(Reporter):
     """A line on stderr for each finished stage; on a terminal, a live bar for the one that runs."""
 
     def __init__(self) -> None:
-        self._console = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else PIPE_WIDTH)
+        self._console = stderr()
         self._announced: set[str] = set()
         self._bar = Progress(
             SpinnerColumn(),

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -212,7 +211,7 @@ def recipe_from(record: Record, scheme: SchemeName, weight_bits: int, method: st
     made = record.recipes.get(scheme)
     same = made and (method == "auto" or (method == made.method and not made.methods))
     if made and same and made.weight_bits == weight_bits:
-        return msgspec.structs.replace(made, keep=tuple(dict.fromkeys((*made.keep, *keep)))) if keep else made
+        return made.keeping(keep)
     wanted = made.method if made and method == "auto" else "mse" if method == "auto" else method
     ranges = {name: facts.ranges[scheme][wanted] for name, facts in record.tensors.items()}
     equalisation = next((recipe.equalisation for recipe in record.recipes.values()), {})

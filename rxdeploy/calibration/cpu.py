@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -19,7 +18,8 @@ from numpy.typing import NDArray
 
 from rxdeploy.bench.machine import instruction_sets
 from rxdeploy.calibration.groups import merge_groups
-from rxdeploy.calibration.ranges import Range
+from rxdeploy.calibration.qdq import constant, dequantise_constant, quantise_tensor
+from rxdeploy.calibration.ranges import Range, Units, units
 from rxdeploy.calibration.weights import quantise
 from rxdeploy.errors import CheckFailed, InputError
 
@@ -27,7 +27,6 @@ from rxdeploy.errors import CheckFailed, InputError
 _QUANTISED = ("Conv", "Gemm", "Add", "MaxPool", "GlobalAveragePool")
 _WEIGHTED = ("Conv", "Gemm")
 _MOVING = ("MaxPool", "Flatten")  # give values of their input: ONNX Runtime fuses them where both scales are the same
-_LEVELS = 255  # of uint8
 _LARGEST_BIAS = 2**30  # of int32's 2^31; products add less than 2^27: 4096 of 255 * 127
 _Use = tuple[ir.Node, int]  # a node, and which of its inputs
 _VNNI = ("avx512_vnni", "avx_vnni", "amx_int8")
@@ -67,12 +66,12 @@ def place(
         raise InputError(f"to be kept in float: the model has no layer {', '.join(unknown)}")
     nodes = _quantised(graph, keep)
     users = _users(nodes)
-    units = {value: _units(value, ranges) for value in users}
+    found = {value: _units(value, ranges) for value in users}
     for node in nodes:
         if node.op_type in _WEIGHTED:
-            _quantise_weights(graph, node, units[_activation(node)], weights, largest)
+            _quantise_weights(graph, node, found[_activation(node)], weights, largest)
     for value, uses in users.items():
-        _quantise_activation(graph, value, uses, units[value])
+        _quantise_activation(graph, value, uses, found[value])
     _widen_normalisation(graph)
     return model
 
@@ -100,15 +99,7 @@ def _users(nodes: list[ir.Node]) -> dict[ir.Value, list[_Use]]:
     return users
 
 
-@dataclass(frozen=True)
-class _Units:
-    """x = (integer - zero_point) * scale."""
-
-    scale: np.float32
-    zero_point: np.uint8
-
-
-def _units(value: ir.Value, ranges: Mapping[str, Range]) -> _Units:
+def _units(value: ir.Value, ranges: Mapping[str, Range]) -> Units:
     """The units of an activation: those of the tensor whose values it has."""
     while (producer := value.producer()) and producer.op_type in _MOVING:
         value = _activation(producer)
@@ -119,11 +110,8 @@ def _units(value: ir.Value, ranges: Mapping[str, Range]) -> _Units:
             f"tensor {value.name}: its range is {found.low:g} to {found.high:g}, so the calibration images or the "
             "weights gave values that are not finite"
         )
-    # Zero must be an integer: it is what a convolution pads with and what a ReLU gives.
-    low = 0.0 if producer and producer.op_type == "Relu" else min(found.low, 0.0)
-    high = max(found.high, 0.0)
-    scale = np.float32((high - low) / _LEVELS) or np.float32(1)  # of a tensor that is always zero
-    return _Units(max(scale, np.finfo(np.float32).tiny), np.uint8(np.clip(round(-low / float(scale)), 0, _LEVELS)))
+    relu = producer is not None and producer.op_type == "Relu"
+    return units(Range(0.0, found.high) if relu else found, symmetric=False)
 
 
 def _activation(node: ir.Node) -> ir.Value:
@@ -141,7 +129,7 @@ def _result(node: ir.Node) -> ir.Value:
 
 
 def _quantise_weights(
-    graph: ir.Graph, node: ir.Node, units: _Units, weights: Mapping[str, NDArray[np.float32]], largest: int
+    graph: ir.Graph, node: ir.Node, own: Units, weights: Mapping[str, NDArray[np.float32]], largest: int
 ) -> None:
     """Make constants of `node`'s weight and bias: int8, and int32 in units of the accumulator."""
     weight, bias = node.inputs[1:3]
@@ -154,10 +142,11 @@ def _quantise_weights(
             f"weight {weight.name}: needs {len(array)} scales, positive and finite, one an output channel"
         )
     # A channel of next to nothing but its bias, whose tiny scale would take the bias beyond int32.
-    scale = np.maximum(scale, np.abs(shift) / (units.scale * np.float32(_LARGEST_BIAS))).astype(np.float32)
-    accumulator = units.scale * scale
-    _dequantise_constant(graph, node, 1, quantise(array, scale, largest), scale)
-    _dequantise_constant(graph, node, 2, np.rint(shift / accumulator.astype(np.float64)).astype(np.int32), accumulator)
+    scale = np.maximum(scale, np.abs(shift) / (np.float32(own.scale) * np.float32(_LARGEST_BIAS))).astype(np.float32)
+    accumulator = np.float32(own.scale) * scale
+    integers = np.rint(shift / accumulator.astype(np.float64)).astype(np.int32)
+    dequantise_constant(graph, node, 1, quantise(array, scale, largest), scale, zero_point=True)
+    dequantise_constant(graph, node, 2, integers, accumulator, zero_point=True)
 
 
 def _array(value: ir.Value) -> NDArray[np.float32]:
@@ -165,42 +154,13 @@ def _array(value: ir.Value) -> NDArray[np.float32]:
     return value.const_value.numpy()
 
 
-def _dequantise_constant(
-    graph: ir.Graph, node: ir.Node, index: int, integers: NDArray, scale: NDArray[np.float32]
-) -> None:
-    """Give `node` the `integers` with a DequantizeLinear as its input `index`, in place of the float constant."""
-    constant = node.inputs[index]
-    assert constant is not None and constant.name is not None and len(constant.uses()) == 1
-    name = constant.name
-    inputs = [
-        _constant(graph, f"{name}.quantised", integers),
-        _constant(graph, f"{name}.quantised.scale", scale),
-        _constant(graph, f"{name}.quantised.zero_point", np.zeros(len(scale), integers.dtype)),
-    ]
-    dequantise = ir.node("DequantizeLinear", inputs, attributes={"axis": 0}, name=f"{name}.dequantised")
-    dequantise.outputs[0].name = dequantise.name
-    graph.insert_before(node, dequantise)
-    node.replace_input_with(index, dequantise.outputs[0])
-    del graph.initializers[name]
-
-
-def _quantise_activation(graph: ir.Graph, value: ir.Value, uses: list[_Use], units: _Units) -> None:
+def _quantise_activation(graph: ir.Graph, value: ir.Value, uses: list[_Use], own: Units) -> None:
     """Let `uses` read `value` through a pair of Q/DQ."""
-    producer, name = value.producer(), f"{value.name}.quantised"
-    parameters = [
-        _constant(graph, f"{name}.scale", np.asarray(units.scale)),
-        _constant(graph, f"{name}.zero_point", np.asarray(units.zero_point)),
-    ]
-    q = ir.node("QuantizeLinear", [value, *parameters], name=name)
-    dq = ir.node("DequantizeLinear", [q.outputs[0], *parameters], name=f"{value.name}.dequantised")
-    q.outputs[0].name, dq.outputs[0].name = q.name, dq.name
-    if producer:
-        graph.insert_after(producer, [q, dq])
-    else:
-        graph.insert_before(graph[0], [q, dq])
+    scale, zero_point = np.asarray(own.scale, np.float32), np.asarray(own.zero_point, np.uint8)
+    q, dq = quantise_tensor(graph, value, scale, zero_point)
     for user, index in uses:
         kept = user.op_type in _WEIGHTED and _is_float(user)
-        user.replace_input_with(index, _by_channel(graph, user, q, units) if kept else dq.outputs[0])
+        user.replace_input_with(index, _by_channel(graph, user, q, own) if kept else dq.outputs[0])
     if not dq.outputs[0].uses():
         graph.remove(dq, safe=True)
 
@@ -210,7 +170,7 @@ def _is_float(node: ir.Node) -> bool:
     return weight is not None and weight.const_value is not None
 
 
-def _by_channel(graph: ir.Graph, user: ir.Node, q: ir.Node, units: _Units) -> ir.Value:
+def _by_channel(graph: ir.Graph, user: ir.Node, q: ir.Node, own: Units) -> ir.Value:
     """The tensor that `q` quantised, for a layer kept in float: its scale repeated for every channel.
 
     Between a DequantizeLinear of one scale and a QuantizeLinear, ONNX Runtime quantises a float weight by itself, per
@@ -221,8 +181,8 @@ def _by_channel(graph: ir.Graph, user: ir.Node, q: ir.Node, units: _Units) -> ir
     channels = _array(weight).shape[1] * (group.as_int() if group else 1)
     name = f"{user.name}.input.dequantised"
     parameters = [
-        _constant(graph, f"{name}.scale", np.full(channels, units.scale)),
-        _constant(graph, f"{name}.zero_point", np.full(channels, units.zero_point)),
+        constant(graph, f"{name}.scale", np.full(channels, own.scale, np.float32)),
+        constant(graph, f"{name}.zero_point", np.full(channels, own.zero_point, np.uint8)),
     ]
     dq = ir.node("DequantizeLinear", [q.outputs[0], *parameters], attributes={"axis": 1}, name=name)
     dq.outputs[0].name = name
@@ -241,10 +201,3 @@ def _widen_normalisation(graph: ir.Graph) -> None:
             width = graph.inputs[0].shape[2]  # type: ignore[index]
             array = np.repeat(_array(value), int(width), axis=3)  # type: ignore[arg-type]
             value.const_value, value.shape = ir.tensor(array, name=name), ir.Shape(array.shape)
-
-
-def _constant(graph: ir.Graph, name: str, array: NDArray) -> ir.Value:
-    value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
-    value.shape, value.dtype = ir.Shape(array.shape), ir.DataType.from_numpy(array.dtype)
-    graph.register_initializer(value)
-    return value

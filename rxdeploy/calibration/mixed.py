@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import msgspec
-
 from rxdeploy.calibration.network import Network
 from rxdeploy.calibration.recipe import Recipe
 from rxdeploy.calibration.sensitivity import Sensitivity
@@ -37,7 +35,7 @@ class Mixed:
 def keep_until(
     network: Network,
     recipe: Recipe,
-    ranked: Sequence[Sensitivity],
+    rank: Callable[[], Sequence[Sensitivity]],
     measure: Measure,
     least: float,
     target: str,
@@ -45,39 +43,36 @@ def keep_until(
 ) -> tuple[Recipe, Mixed]:
     """`recipe` with the fewest most damaging layers kept so that `measure` gives `least` or more.
 
-    `ranked` are the layers' sensitivities. Errors of layers add up like independent noise, so the worst alone come
-    first; how many are needed is found by halving, and then the least damaging of them are tried without.
+    `rank` gives the layers' sensitivities, when they are needed. Errors of layers add up like independent noise, so the
+    worst alone come first; how many are needed is found by halving, and then the least damaging of them are tried
+    without.
     CheckFailed when not even all of them are enough.
     """
-    order = [each.layer for each in sorted(ranked, key=lambda each: -each.only)]
-
-    def keeping(names: Sequence[str]) -> Recipe:
-        return msgspec.structs.replace(recipe, keep=tuple(dict.fromkeys((*recipe.keep, *names))))
-
     before = measure(recipe)
     if before >= least:
         return recipe, Mixed((), target, before, before, _share(network, recipe.keep))
+    order = [each.layer for each in sorted(rank(), key=lambda each: -each.only)]
     # `enough` layers are known to do, `few` not to; no layer at all is not enough, all of them must be.
-    if not (best := measure(keeping(order))) >= least:
+    if not (best := measure(recipe.keeping(order))) >= least:
         raise CheckFailed(f"{target} cannot be reached: with no layer in int8 it is {abs(best):.4g}")
     few, enough = 0, len(order)
     while enough - few > 1:
         middle = (few + enough) // 2
         progress(f"{middle} layers in floating point")
-        if measure(keeping(order[:middle])) >= least:
-            enough = middle
+        if (after := measure(recipe.keeping(order[:middle]))) >= least:
+            enough, best = middle, after
         else:
             few = middle
     kept = order[:enough]
     for layer in kept[-_TRIES:][::-1]:
         without = [each for each in kept if each != layer]
         progress(f"{len(without)} layers in floating point")
-        if without and measure(keeping(without)) >= least:
-            kept = without
+        if without and (after := measure(recipe.keeping(without))) >= least:
+            kept, best = without, after
     if len(kept) == len(order):
         raise CheckFailed(f"{target} leaves no layer in int8; build with --fp16")
-    found = keeping(kept)
-    return found, Mixed(tuple(kept), target, before, measure(found), _share(network, found.keep))
+    found = recipe.keeping(kept)
+    return found, Mixed(tuple(kept), target, before, best, _share(network, found.keep))
 
 
 def _share(network: Network, keep: Sequence[str]) -> float:

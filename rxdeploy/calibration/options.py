@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from rxdeploy.errors import InputError
+from rxdeploy.export.architecture import ResNeXt
 
 SchemeName = Literal["tensorrt", "onnxruntime"]
 Method = Literal["minmax", "percentile", "entropy", "mse"]
@@ -16,6 +17,18 @@ MethodChoice = Literal["auto", "minmax", "percentile", "entropy", "mse"]
 
 HELD_OUT = "held_out.npy"  # beside calibration.json in the cache: the images that methods were chosen on
 LEAST = 8  # images: a batch; ranges of fewer are the images' own, not the model's
+
+
+def quantisable(network: ResNeXt, scheme: SchemeName) -> list[str]:
+    """The layers that a scheme quantises and that may be kept from it, in order of computation.
+
+    Convolutions; for TensorRT shortcuts too, by their block's name, and for a CPU the classifier.
+    """
+    layers = [network.stem.name]
+    for block in network.blocks:
+        layers += [conv.name for conv in (*block.convs, block.downsample) if conv]
+        layers += [block.name] if scheme == "tensorrt" else []
+    return layers + ([] if scheme == "tensorrt" else ["fc"])
 
 
 @dataclass(frozen=True)

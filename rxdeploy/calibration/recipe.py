@@ -14,8 +14,7 @@ every input and output of a node has them, and x86 multiplies unsigned by signed
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
 
 import msgspec
 import numpy as np
@@ -27,11 +26,8 @@ from rxdeploy.calibration import weights as to_int8
 from rxdeploy.calibration.equalise import equalised
 from rxdeploy.calibration.network import FC, INPUT, LOGITS, POOLED, STEM, Network, Parameters, Steps
 from rxdeploy.calibration.options import Method, SchemeName
-from rxdeploy.calibration.ranges import Range
+from rxdeploy.calibration.ranges import Range, Units, units
 from rxdeploy.calibration.weights import WeightScales
-
-# Scales of activations are float16 in a strongly typed graph; below this one has less than four bits left.
-_TINY = 2.0**-20
 
 
 class Recipe(msgspec.Struct, kw_only=True, frozen=True):
@@ -56,32 +52,13 @@ class Recipe(msgspec.Struct, kw_only=True, frozen=True):
     def symmetric(self) -> bool:
         return self.scheme == "tensorrt"
 
+    def keeping(self, layers: Iterable[str]) -> Recipe:
+        """The same with these layers in floating point too."""
+        return msgspec.structs.replace(self, keep=tuple(dict.fromkeys((*self.keep, *layers))))
+
     def range(self, tensor: str) -> Range:
         """The range of a tensor; KeyError for one that has none."""
         return Range(*self.ranges[tensor])
-
-
-@dataclass(frozen=True)
-class Units:
-    """value = (integer - zero_point) * scale, integers from `least` to `most`."""
-
-    scale: float
-    zero_point: int
-    least: int
-    most: int
-
-    def round(self, value: Tensor) -> Tensor:
-        """`value` after quantising and dequantising."""
-        return torch.fake_quantize_per_tensor_affine(value, self.scale, self.zero_point, self.least, self.most)
-
-
-def units(found: Range, symmetric: bool) -> Units:
-    """The units of a tensor with that range, in the target's arithmetic."""
-    if symmetric:
-        return Units(float(np.float16(max(found.magnitude / 127, _TINY))), 0, -128, 127)
-    low, high = min(found.low, 0.0), max(found.high, 0.0)
-    scale = float(np.float32((high - low) / 255)) or 1.0
-    return Units(scale, int(np.clip(round(-low / scale), 0, 255)), 0, 255)
 
 
 class Quantised(Steps):
@@ -114,7 +91,7 @@ class Quantised(Steps):
     def tensor(self, name: str, value: Tensor) -> Tensor:
         if name == POOLED or not self._arrives_rounded(name):
             return value  # max-pooling gives values of its input
-        return self._units[name].round(value)
+        return _round(value, self._units[name])
 
     def _arrives_rounded(self, name: str) -> bool:
         """Whether whoever reads the tensor gets it rounded; otherwise every reader says for itself.
@@ -131,11 +108,16 @@ class Quantised(Steps):
             return value
         # Up to three layers read a tensor, one after the other.
         if self._last is None or self._last[0] != name or self._last[1] is not value:
-            self._last = name, value, self._units[name].round(value)
+            self._last = name, value, _round(value, self._units[name])
         return self._last[2]
 
     def parameters(self, layer: str, own: Parameters) -> Parameters:
         return (self._parameters if self.is_quantised(layer) else self.own).get(layer, own)
+
+
+def _round(value: Tensor, to: Units) -> Tensor:
+    """`value` after quantising and dequantising."""
+    return torch.fake_quantize_per_tensor_affine(value, to.scale, to.zero_point, to.least, to.most)
 
 
 class WeightCache:
@@ -168,13 +150,6 @@ def _rounded(weight: Tensor, recipe: Recipe) -> Tensor:
 def logits(network: Network, steps: Steps, images: NDArray[np.uint8], batch: int = 8) -> NDArray[np.float32]:
     """Logits (n, classes) of images (n, size, size, 3), a few at a time."""
     return np.concatenate([network.run(images[i : i + batch], steps) for i in range(0, len(images), batch)])
-
-
-def quantisable(network: Network, scheme: SchemeName) -> list[str]:
-    """The layers that a scheme quantises, and that may be kept from it: for TensorRT shortcuts by their block's name,
-    for a CPU the classifier."""
-    blocks = {block.name for block in network.shape.blocks}
-    return [layer for layer in network.inputs() if (layer != FC if scheme == "tensorrt" else layer not in blocks)]
 
 
 def tensors(network: Network, scheme: SchemeName) -> list[str]:

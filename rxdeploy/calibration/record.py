@@ -13,8 +13,8 @@ import msgspec
 
 from rxdeploy.calibration.equalise import pairs
 from rxdeploy.calibration.network import Network
-from rxdeploy.calibration.options import METHODS, SchemeName
-from rxdeploy.calibration.recipe import Recipe, quantisable, tensors
+from rxdeploy.calibration.options import METHODS, SchemeName, quantisable
+from rxdeploy.calibration.recipe import Recipe, tensors
 from rxdeploy.errors import InputError
 
 SCHEMA: Literal[1] = 1
@@ -115,7 +115,7 @@ def _problems(record: Record, network: Network) -> Iterator[str]:
     for scheme, recipe in record.recipes.items():
         if recipe.scheme != scheme or not 2 <= recipe.weight_bits <= 8:
             yield f"the recipe for {scheme} is for {recipe.scheme}, with {recipe.weight_bits} bits"
-        if unknown := set(recipe.keep) - set(quantisable(network, scheme)):
+        if unknown := set(recipe.keep) - set(quantisable(network.shape, scheme)):
             yield f"it keeps {min(unknown)} in float, which {scheme} does not quantise"
         for name in tensors(network, scheme):
             if name not in recipe.ranges or not _is_range(recipe.ranges[name]):

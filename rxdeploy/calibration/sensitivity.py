@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from rxdeploy.calibration.network import FC, Network, Steps
-from rxdeploy.calibration.recipe import Quantised, Recipe, WeightCache, logits, quantisable
+from rxdeploy.calibration.options import quantisable
+from rxdeploy.calibration.recipe import Quantised, Recipe, WeightCache, logits
 from rxdeploy.export.architecture import multiply_adds
 from rxdeploy.export.validate import relative_l2
 
@@ -39,7 +39,7 @@ class Sensitivity:
 
 def layers(network: Network, recipe: Recipe) -> list[str]:
     """What `recipe` quantises, in order of computation."""
-    return [layer for layer in quantisable(network, recipe.scheme) if layer not in recipe.keep]
+    return [layer for layer in quantisable(network.shape, recipe.scheme) if layer not in recipe.keep]
 
 
 def sensitivities(
@@ -52,7 +52,7 @@ def sensitivities(
     whole = relative_l2(logits(network, Quantised(network, recipe, cache), images, _BATCH), exact)
     quantised = Quantised(network, recipe, cache)
     alone = {layer: Quantised(network, recipe, cache, only=(layer,)) for layer in names}
-    others = {layer: Quantised(network, _keeping(recipe, (layer,)), cache) for layer in names}
+    others = {layer: Quantised(network, recipe.keeping((layer,)), cache) for layer in names}
     found: dict[str, list[list[NDArray[np.float32]]]] = {layer: [[], []] for layer in names}
     chunks = [images[i : i + _BATCH] for i in range(0, len(images), _BATCH)]
     done = 0
@@ -100,7 +100,3 @@ def kind(layer: str) -> str:
     if "downsample" in layer:
         return "downsample"
     return {"conv1": "1x1", "conv2": "grouped 3x3", "conv3": "1x1"}.get(last, "shortcut")
-
-
-def _keeping(recipe: Recipe, keep: Iterable[str]) -> Recipe:
-    return msgspec.structs.replace(recipe, keep=tuple(dict.fromkeys((*recipe.keep, *keep))))

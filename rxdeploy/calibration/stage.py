@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 
 from rxdeploy.calibration.cpu import weight_bits
-from rxdeploy.calibration.options import HELD_OUT, CalibrationOptions, SchemeName
+from rxdeploy.calibration.options import HELD_OUT, CalibrationOptions, SchemeName, quantisable
 from rxdeploy.calibration.selection import choose_images
 from rxdeploy.cards import ModelCard
 from rxdeploy.datasets import Dataset, Item, Stream, open_dataset, sample
@@ -167,16 +167,15 @@ class CalibrationStage:
         def say(text: str) -> None:
             self._progress(text, None)
 
-        if measure(recipe) >= least:
-            ranked: list[Sensitivity] = []
-        else:
-            ranked = sensitivities(network, recipe, calibration.held[:_SENSITIVITY_ON], self._progress)
-        recipe, mixed = keep_until(network, recipe, ranked, measure, least, target, say)
-        error = calibration.judge.verdict(recipe)
+        def rank() -> list[Sensitivity]:
+            return sensitivities(network, recipe, calibration.held[:_SENSITIVITY_ON], self._progress)
+
+        found, mixed = keep_until(network, recipe, rank, measure, least, target, say)
+        error = calibration.judge.verdict(found)
         if options.max_drop is not None:  # as a drop, not as what is gained
             mixed = replace(mixed, before=-mixed.before, after=-mixed.after)
         return (
-            msgspec.structs.replace(record, recipes={self._scheme: recipe}, errors={self._scheme: error}),
+            msgspec.structs.replace(record, recipes={self._scheme: found}, errors={self._scheme: error}),
             mixed.as_facts(),
         )
 
@@ -209,13 +208,12 @@ class CalibrationStage:
 def _check_keep(card: ModelCard, keep: tuple[str, ...], scheme: SchemeName) -> None:
     """InputError for a layer that int8 would not change anyway."""
     network = resnext(card)
-    blocks = [block.name for block in network.blocks]
-    names = {conv.name for conv in network.convs()} | set(blocks if scheme == "tensorrt" else ["fc"])
-    if unknown := sorted(set(keep) - names):
-        also = f"shortcuts by their block ({blocks[0]})" if scheme == "tensorrt" else "fc"
+    if unknown := sorted(set(keep) - set(quantisable(network, scheme))):
+        block = network.blocks[0].name
+        also = f"shortcuts by their block ({block})" if scheme == "tensorrt" else "fc"
         raise InputError(
             f"--keep {unknown[0]}: no layer that is quantised for {scheme}; those are convolutions "
-            f"({network.stem.name}, {blocks[0]}.conv1, ...) and {also}"
+            f"({network.stem.name}, {block}.conv1, ...) and {also}"
         )
 
 

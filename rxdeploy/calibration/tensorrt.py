@@ -14,8 +14,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from rxdeploy.calibration.ranges import Range
-from rxdeploy.calibration.recipe import units
+from rxdeploy.calibration.qdq import dequantise_constant, quantise_tensor
+from rxdeploy.calibration.ranges import Range, units
 from rxdeploy.calibration.weights import quantise
 from rxdeploy.errors import InputError
 
@@ -67,16 +67,9 @@ def _input(node: ir.Node, index: int) -> ir.Value:
 def _quantise_weight(graph: ir.Graph, conv: ir.Node, weights: Mapping[str, NDArray[np.float32]]) -> None:
     weight = _input(conv, 1)
     assert weight.const_value is not None and weight.name is not None
-    name, scale = weight.name, weights[weight.name]
-    constants = [
-        _constant(graph, f"{name}.quantised", quantise(weight.const_value.numpy(), scale, LARGEST)),
-        _constant(graph, f"{name}.quantised.scale", scale),
-    ]
-    dequantise = ir.node("DequantizeLinear", constants, attributes={"axis": 0}, name=f"{name}.dequantised")
-    dequantise.outputs[0].name = dequantise.name
-    graph.insert_before(conv, dequantise)
-    conv.replace_input_with(1, dequantise.outputs[0])
-    del graph.initializers[name]
+    scale = weights[weight.name]
+    integers = quantise(weight.const_value.numpy(), scale, LARGEST)
+    dequantise_constant(graph, conv, 1, integers, scale, zero_point=False)
 
 
 def _quantise_activation(
@@ -85,25 +78,7 @@ def _quantise_activation(
     name = value.name or ""
     if name not in ranges:
         raise InputError(f"the calibration has no range of the tensor {name}; calibrate this model again")
-    scale = _constant(
-        graph, f"{name}.quantised.scale", np.asarray(units(ranges[name], symmetric=True).scale, np.float32)
-    )
-    zero_point = _constant(graph, f"{name}.quantised.zero_point", np.asarray(0, np.int8))
-    q = ir.node("QuantizeLinear", [value, scale, zero_point], name=f"{name}.quantised")
-    dq = ir.node("DequantizeLinear", [q.outputs[0], scale, zero_point], name=f"{name}.dequantised")
-    q.outputs[0].name, dq.outputs[0].name = q.name, dq.name
-    q.outputs[0].dtype = ir.DataType.INT8
-    producer = value.producer()
-    if producer:
-        graph.insert_after(producer, [q, dq])
-    else:
-        graph.insert_before(graph[0], [q, dq])
+    scale = np.asarray(units(ranges[name], symmetric=True).scale, np.float32)
+    _, dq = quantise_tensor(graph, value, scale, np.asarray(0, np.int8))
     for node, index in reading:
         node.replace_input_with(index, dq.outputs[0])
-
-
-def _constant(graph: ir.Graph, name: str, array: NDArray) -> ir.Value:
-    value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
-    value.shape, value.dtype = ir.Shape(array.shape), ir.DataType.from_numpy(array.dtype)
-    graph.register_initializer(value)
-    return value

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from types import TracebackType
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from rxdeploy.terminal import stderr
 
 _LINE_EVERY_S = 20.0
 
@@ -16,7 +16,7 @@ class EvaluationProgress:
     """Call it as `rxdeploy.evaluation.accuracy.Progress`; use it in a `with`."""
 
     def __init__(self) -> None:
-        self._console = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 160)
+        self._console = stderr()
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),

@@ -63,7 +63,7 @@ def test_as_few_layers_as_can_be(network: Network, recipe: Recipe) -> None:
         tried.append(each.keep)
         return len(needed & set(each.keep))
 
-    found, mixed = keep_until(network, recipe, ranked(network, damage), measure, 3, "three", quiet)
+    found, mixed = keep_until(network, recipe, lambda: ranked(network, damage), measure, 3, "three", quiet)
     assert set(found.keep) == set(mixed.layers) == needed
     assert (mixed.before, mixed.after) == (0, 3)
     assert len(tried) < 20
@@ -71,28 +71,32 @@ def test_as_few_layers_as_can_be(network: Network, recipe: Recipe) -> None:
     share = (counts["layer1.0.conv2"] + counts["layer3.0.conv1"]) / sum(counts.values())
     assert mixed.float16_share == pytest.approx(share)
     kept = msgspec.structs.replace(recipe, keep=("conv1",))
-    found, _ = keep_until(network, kept, ranked(network, damage), measure, 3, "three", quiet)
+    found, _ = keep_until(network, kept, lambda: ranked(network, damage), measure, 3, "three", quiet)
     assert set(found.keep) == needed | {"conv1"}
 
 
 def test_a_target_that_holds_or_never_will(network: Network, recipe: Recipe) -> None:
-    found, mixed = keep_until(network, recipe, [], lambda each: 5, 5, "five", quiet)
+    found, mixed = keep_until(network, recipe, list, lambda each: 5, 5, "five", quiet)
     assert (found, mixed.layers, mixed.float16_share) == (recipe, (), 0)
     with pytest.raises(CheckFailed, match="six cannot be reached: with no layer in int8 it is 5"):
-        keep_until(network, recipe, ranked(network, {}), lambda each: 5, 6, "six", quiet)
+        keep_until(network, recipe, lambda: ranked(network, {}), lambda each: 5, 6, "six", quiet)
 
 
 def test_a_target_that_leaves_nothing_in_int8(network: Network, recipe: Recipe) -> None:
     layers = {layer for layer in network.inputs() if layer != FC}
     with pytest.raises(CheckFailed, match="all leaves no layer in int8; build with --fp16"):
-        keep_until(network, recipe, ranked(network, {}), lambda each: len(layers & set(each.keep)), 21, "all", quiet)
+        keep_until(
+            network, recipe, lambda: ranked(network, {}), lambda each: len(layers & set(each.keep)), 21, "all", quiet
+        )
 
 
 def test_a_real_target(digits: Any, network: Network, recipe: Recipe) -> None:
     judge = Judge(network, digits.held_out[:16])
     order = sensitivities(network, recipe, digits.held_out[:16], quiet)
     least = sqnr(judge.error(recipe)) + 3
-    found, mixed = keep_until(network, recipe, order, lambda each: sqnr(judge.error(each)), least, "3 dB", quiet)
+    found, mixed = keep_until(
+        network, recipe, lambda: order, lambda each: sqnr(judge.error(each)), least, "3 dB", quiet
+    )
     assert mixed.after >= least and 0 < len(found.keep) < 12
     assert sqnr(judge.error(found)) == mixed.after
 
