@@ -34,7 +34,33 @@ def pytest_configure(config: pytest.Config) -> None:
 
 if HERE:
     from standin import driver, kernel
+    from standin.gate import Gate
     from standin.plan import VERSIONS, make_plan
+
+
+@pytest.fixture(scope="module")
+def steady_garbage() -> Iterator[None]:
+    """No garbage is collected on a stream's thread, where the driver takes no calls; and it is collected fast here."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    yield
+    gc.enable()
+    gc.unfreeze()
+
+
+@pytest.fixture
+def gate() -> Iterator[Callable[[Any, int], Gate]]:
+    """gate(gpu, stream); all are open in the end."""
+    gates: list[Gate] = []
+
+    def shut(gpu: Any, stream: int) -> Gate:
+        gates.append(Gate(gpu, stream))
+        return gates[-1]
+
+    yield shut
+    for each in gates:
+        each.open()
 
 
 @pytest.fixture

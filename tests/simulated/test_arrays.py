@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from cuda.bindings import driver as cuda
 from standin.driver import check
+from standin.gate import close_to, on_device
 
 import rxdeploy
 from rxdeploy.errors import InputError
@@ -22,27 +23,17 @@ from rxdeploy.runtime.arrays import device_view
 from rxdeploy.runtime.cuda import LEGACY_STREAM, DeviceArray, Gpu, capture
 from rxdeploy.runtime.lanes import Lane
 
+pytestmark = pytest.mark.usefixtures("steady_garbage")
 SIZE, CLASSES, LARGEST = 48, 7, 8
 SHAPE = (SIZE, SIZE, 3)
 Bundles = Callable[..., Path]
 Counters = Callable[[str], int]
 Reference = Callable[[np.ndarray], np.ndarray]
-CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 WORK = ("copies", "host_funcs", "graph_launches", "allocations", "live_device_bytes", "live_events", "live_streams")
 
 
 def images(count: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (count, *SHAPE), np.uint8)
-
-
-def close_to(actual: np.ndarray, expected: np.ndarray) -> None:
-    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
-
-
-def on_device(gpu: Gpu, values: np.ndarray) -> DeviceArray:
-    array = gpu.empty(values.shape, values.dtype)
-    array.fill(values)
-    return array
 
 
 class Guest:
@@ -57,17 +48,6 @@ class Guest:
             "version": 3,
             **changes,
         }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def steady_garbage() -> Iterator[None]:
-    """No garbage is collected on a stream's thread, where the driver takes no calls; and it is collected fast here."""
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    yield
-    gc.enable()
-    gc.unfreeze()
 
 
 @pytest.fixture
@@ -94,37 +74,6 @@ def expected(bundle: Path, run_onnx: Callable) -> Reference:
 def session(bundle: Path) -> Iterator[rxdeploy.Session]:
     with rxdeploy.load(bundle, "tensorrt") as opened:
         yield opened
-
-
-class Gate:
-    """Something on a stream that is not done before `open`."""
-
-    def __init__(self, gpu: Gpu, stream: int) -> None:
-        self._open = threading.Event()
-        self._callback = CALLBACK(lambda _: self._open.wait(10))
-        address = ctypes.cast(self._callback, ctypes.c_void_p).value
-        with gpu.current():
-            check(cuda.cuLaunchHostFunc(stream, cuda.CUhostFn(address), 0))
-
-    def open(self) -> None:
-        self._open.set()
-
-    def is_open(self) -> bool:
-        return self._open.is_set()
-
-
-@pytest.fixture
-def gate() -> Iterator[Callable[[Gpu, int], Gate]]:
-    """gate(gpu, stream); all are open in the end."""
-    gates: list[Gate] = []
-
-    def shut(gpu: Gpu, stream: int) -> Gate:
-        gates.append(Gate(gpu, stream))
-        return gates[-1]
-
-    yield shut
-    for each in gates:
-        each.open()
 
 
 # In and out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import gc
 import threading
@@ -19,6 +18,7 @@ from rxdeploy.errors import EnvironmentLacks, InputError
 from rxdeploy.runtime import cuda as runtime_cuda
 from rxdeploy.runtime.cuda import LEGACY_STREAM, DeviceArray, Event, Gpu, Stream, capture
 
+pytestmark = pytest.mark.usefixtures("steady_garbage")
 Counters = Callable[[str], int]
 LIVE = (
     "live_device_bytes",
@@ -28,7 +28,6 @@ LIVE = (
     "live_graphs",
     "live_graph_execs",
 )
-CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 @pytest.fixture
@@ -44,45 +43,6 @@ def nothing_left(counters: Counters) -> Iterator[None]:
 @pytest.fixture
 def gpu(nothing_left: None) -> Gpu:
     return Gpu()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def steady_garbage() -> Iterator[None]:
-    """No garbage is collected on a stream's thread, where the driver takes no calls; and it is collected fast here."""
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    yield
-    gc.enable()
-    gc.unfreeze()
-
-
-class Gate:
-    """Something on a stream that is not done before `open`."""
-
-    def __init__(self, gpu: Gpu, stream: int) -> None:
-        self._open = threading.Event()
-        self._callback = CALLBACK(lambda _: self._open.wait(10))
-        address = ctypes.cast(self._callback, ctypes.c_void_p).value
-        with gpu.current():
-            check(cuda.cuLaunchHostFunc(stream, cuda.CUhostFn(address), 0))
-
-    def open(self) -> None:
-        self._open.set()
-
-
-@pytest.fixture
-def gate() -> Iterator[Callable[[Gpu, int], Gate]]:
-    """gate(gpu, stream); all are open in the end."""
-    gates: list[Gate] = []
-
-    def shut(gpu: Gpu, stream: int) -> Gate:
-        gates.append(Gate(gpu, stream))
-        return gates[-1]
-
-    yield shut
-    for each in gates:
-        each.open()
 
 
 # The device

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from cuda.bindings import driver
 from standin.driver import set_option
+from standin.gate import close_to
 from standin.plan import make_plan
 
 import rxdeploy
@@ -25,6 +26,7 @@ from rxdeploy.errors import EnvironmentLacks, InputError, RxDeployError
 from rxdeploy.runtime import cuda, lanes
 from rxdeploy.runtime.cuda import Gpu
 
+pytestmark = pytest.mark.usefixtures("steady_garbage")
 SIZE, CLASSES = 48, 7
 PROFILES = ((1, 4, 8),)
 Bundles = Callable[..., Path]
@@ -42,21 +44,6 @@ LIVE = (
 
 def images(count: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (count, SIZE, SIZE, 3), np.uint8)
-
-
-def close_to(actual: np.ndarray, expected: np.ndarray) -> None:
-    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def steady_garbage() -> Iterator[None]:
-    """No garbage is collected on a stream's thread, where the driver takes no calls; and it is collected fast here."""
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    yield
-    gc.enable()
-    gc.unfreeze()
 
 
 @pytest.fixture

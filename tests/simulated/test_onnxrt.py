@@ -17,6 +17,7 @@ import onnxruntime
 import pytest
 from cuda.bindings import driver as cuda
 from standin.driver import check
+from standin.gate import close_to, on_device
 from standin.kernel import memory
 
 import rxdeploy
@@ -35,16 +36,6 @@ RealSession, RealBinding = onnxruntime.InferenceSession, onnxruntime.IOBinding
 
 def images(count: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (count, SIZE, SIZE, 3), np.uint8)
-
-
-def close_to(actual: np.ndarray, expected: np.ndarray) -> None:
-    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
-
-
-def on_device(gpu: Gpu, values: np.ndarray) -> DeviceArray:
-    array = gpu.empty(values.shape, values.dtype)
-    array.fill(values)
-    return array
 
 
 class Binding(RealBinding):
