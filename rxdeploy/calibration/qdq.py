@@ -19,7 +19,7 @@ def constant(graph: ir.Graph, name: str, array: NDArray) -> ir.Value:
 
 
 def quantise_tensor(graph: ir.Graph, value: ir.Value, scale: NDArray, zero_point: NDArray) -> tuple[ir.Node, ir.Node]:
-    """A pair of Q and DQ behind `value`, which nobody reads yet; `scale` and `zero_point` are scalars."""
+    """A pair of Q and DQ behind `value`, for its readers to be moved to; `scale` and `zero_point` are scalars."""
     name = f"{value.name}.quantised"
     parameters = [constant(graph, f"{name}.scale", scale), constant(graph, f"{name}.zero_point", zero_point)]
     q = ir.node("QuantizeLinear", [value, *parameters], name=name)
