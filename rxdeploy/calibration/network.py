@@ -74,7 +74,14 @@ class Network:
     @torch.inference_mode()
     def run(self, images: NDArray[np.uint8], steps: Steps) -> NDArray[np.float32]:
         """Logits (n, classes) of images (n, size, size, 3)."""
-        return self.head(self.upto(images, steps), steps).numpy()
+        return self.forward(self.normalised(images), steps).numpy()
+
+    def forward(self, x: Tensor, steps: Steps) -> Tensor:
+        """Logits of normalised images; outside of `torch.inference_mode`, so it can be differentiated."""
+        x = self.stem(steps.tensor(INPUT, x), steps)
+        for block in self.shape.blocks:
+            x = self.block(block, x, steps)
+        return self.head(x, steps)
 
     @torch.inference_mode()
     def upto(self, images: NDArray[np.uint8], steps: Steps, block: int | None = None) -> Tensor:

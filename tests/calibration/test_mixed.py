@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 
-from rxdeploy.calibration.choose import Judge, all_ranges, choose, kinds
+from rxdeploy.calibration.choose import Judge, all_ranges, choose
 from rxdeploy.calibration.gather import gather
+from rxdeploy.calibration.linear import predicted_errors
 from rxdeploy.calibration.mixed import keep_until, sqnr
 from rxdeploy.calibration.network import FC, Network, Steps
 from rxdeploy.calibration.options import METHODS
+from rxdeploy.calibration.ranges import Range, Units, units
 from rxdeploy.calibration.recipe import Quantised, Recipe, logits, ranges_as_data, tensors
 from rxdeploy.calibration.sensitivity import Sensitivity, layers, sensitivities
 from rxdeploy.datasets import Stream, from_arrays
@@ -131,43 +134,89 @@ def test_a_damaged_layer_stands_out(digits: Any, network: Network, recipe: Recip
     assert min(found, key=lambda each: each.without).layer == "layer2.0.conv2"
 
 
-def test_auto_takes_what_leaves_the_smallest_error(digits: Any, network: Network, ranges: Any) -> None:
+def spoilt(ranges: Mapping[str, Range], names: Iterable[str], factor: float) -> dict[str, Range]:
+    return {**ranges, **{name: Range(factor * ranges[name].low, factor * ranges[name].high) for name in names}}
+
+
+def test_a_method_is_what_it_says(digits: Any, network: Network, ranges: Any) -> None:
     judge = Judge(network, digits.held_out[:16])
-    found, trials = choose(judge, ranges["tensorrt"], "tensorrt", 8, "auto", {}, quiet)
-    errors = {trial.what: trial.error for trial in trials if trial.what in METHODS}
     for method in METHODS:
         recipe, none = choose(judge, ranges["tensorrt"], "tensorrt", 8, method, {}, quiet)
         assert none == [] and recipe.method == method
-        half, _ = judge.halves()
-        assert judge.error(recipe, half) == pytest.approx(errors[method])
-        assert judge.error(found, half) <= judge.error(recipe, half)
-    assert found.method == min(errors, key=errors.__getitem__)
+        assert recipe.ranges == ranges_as_data(ranges["tensorrt"][method])
 
 
-def test_one_kind_may_take_another_method(digits: Any, network: Network, ranges: Any) -> None:
-    """Where the best method overall is bad for one kind of tensor."""
+@pytest.mark.parametrize("best", METHODS)
+def test_auto_takes_another_method_where_that_is_clearly_better(
+    digits: Any, network: Network, ranges: Any, best: Any
+) -> None:
+    """All the others have ranges that are too large everywhere."""
     judge = Judge(network, digits.held_out[:16])
-    spoilt = {method: dict(each) for method, each in ranges["tensorrt"].items()}
-    for method in ("mse", "minmax", "entropy"):
-        for name in kinds(spoilt[method])["the blocks' outputs"]:
-            low, high = (20 * end for end in (spoilt[method][name].low, spoilt[method][name].high))
-            spoilt[method][name] = type(spoilt[method][name])(low, high)
-    for name in kinds(spoilt["percentile"])["the last convolutions' inputs"]:
-        found = spoilt["percentile"][name]
-        spoilt["percentile"][name] = type(found)(60 * found.low, 60 * found.high)
-    recipe, trials = choose(judge, spoilt, "tensorrt", 8, "auto", {}, quiet)
-    assert recipe.methods and any(" for " in trial.what and trial.taken for trial in trials)
-    for name, method in recipe.methods.items():
-        assert recipe.ranges[name] == (spoilt[method][name].low, spoilt[method][name].high)
-    plain, _ = choose(judge, spoilt, "tensorrt", 8, recipe.method, {}, quiet)
+    every = {method: each if method == best else spoilt(each, each, 8.0) for method, each in ranges["tensorrt"].items()}
+    found, trials = choose(judge, every, "tensorrt", 8, "auto", {}, quiet)
+    assert found.method == best and not found.methods
+    assert {trial.what for trial in trials if trial.taken} == {"mse", best}
+    for trial in trials:
+        if trial.what in METHODS:
+            recipe, _ = choose(judge, every, "tensorrt", 8, trial.what, {}, quiet)  # type: ignore[arg-type]
+            assert trial.error == pytest.approx(judge.error(recipe, judge.halves()[0]))
+
+
+def test_single_tensors_may_take_another_method(digits: Any, network: Network, ranges: Any) -> None:
+    """Where the best method overall is bad for some."""
+    judge = Judge(network, digits.held_out[:16])
+    bad = ("layer1.0", "layer2.0.conv2.relu")
+    every = {
+        method: spoilt(each, bad, 20.0)
+        if method != "percentile"
+        else spoilt(each, [n for n in each if n not in bad], 8.0)
+        for method, each in ranges["tensorrt"].items()
+    }
+    recipe, trials = choose(judge, every, "tensorrt", 8, "auto", {}, quiet)
+    assert recipe.methods == dict.fromkeys(bad, "percentile") and trials[-1].taken
+    for name, found in every["mse"].items():
+        of = every["percentile"][name] if name in bad else found
+        assert recipe.ranges[name] == (of.low, of.high)
+    plain, _ = choose(judge, every, "tensorrt", 8, "mse", {}, quiet)
     assert judge.error(recipe) < 0.9 * judge.error(plain)
 
 
-def test_kinds() -> None:
-    found = kinds(["input", "layer1.0.conv1.relu", "layer1.0.downsample.1", "layer1.0", "maxpool"])
-    assert len(found) == 4
-    assert found["the stem and the head"] == ["input", "maxpool"]
-    assert found["what is added"] == ["layer1.0.downsample.1"]
+class OneRounded(Steps):
+    """Rounds one tensor, and nothing else."""
+
+    def __init__(self, name: str, to: Units) -> None:
+        self._name, self._to = name, to
+
+    def tensor(self, name: str, value: Any) -> Any:
+        if name != self._name:
+            return value
+        integers = (value / self._to.scale).round() + self._to.zero_point
+        return (integers.clamp(self._to.least, self._to.most) - self._to.zero_point) * self._to.scale
+
+
+@pytest.mark.parametrize("scheme", ["tensorrt", "onnxruntime"])
+def test_predicted_errors_are_those_of_single_tensors(digits: Any, network: Network, ranges: Any, scheme: Any) -> None:
+    """Against runs in which only that tensor is rounded, with good ranges and ones that clip or are too coarse."""
+    images, symmetric = digits.held_out[:12], scheme == "tensorrt"
+    mse = ranges[scheme]["mse"]
+    every = {"mse": mse, "minmax": spoilt(mse, mse, 4.0), "percentile": spoilt(mse, mse, 0.5)}
+    predicted = predicted_errors(network, network.parameters, images, every, symmetric)
+    exact = logits(network, Steps(), images)
+    for method, each in every.items():
+        ratios = []
+        for name in (
+            "input",
+            "maxpool",
+            "layer1.0.conv1.relu",
+            "layer2.0.conv2.relu",
+            "layer2.0.downsample.1",
+            "layer3.0",
+        ):
+            found = logits(network, OneRounded(name, units(each[name], symmetric)), images)
+            by_image = np.linalg.norm(found - exact, axis=1) / np.linalg.norm(exact, axis=1)
+            ratios.append(predicted[method][name] / float(np.mean(by_image**2)))
+        assert 0.6 < np.exp(np.mean(np.log(ratios))) < 1.7
+        assert min(ratios) > 0.3 and max(ratios) < 3.5
 
 
 def test_sqnr() -> None:
