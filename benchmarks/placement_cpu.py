@@ -7,7 +7,6 @@ MODEL ...`; --save writes results/placement_cpu.json.
 
 from __future__ import annotations
 
-import functools
 import statistics
 import time
 from collections.abc import Iterator
@@ -21,18 +20,20 @@ from machine import save
 from numpy.typing import NDArray
 
 from rxdeploy.calibration import cpu
-from rxdeploy.calibration.groups import CHANNELS, merge_groups
 from rxdeploy.calibration.ranges import Range
 from rxdeploy.calibration.weights import scales
 from rxdeploy.cards import ModelCard, find_card
 from rxdeploy.export.graph import build_graph, serialise
+from rxdeploy.export.passes.groups import grouped, pack, unpack
 from rxdeploy.export.samples import noise, photographs
 from rxdeploy.export.validate import relative_l2
 from rxdeploy.export.weights import load_weights, resolve_weights
 from rxdeploy.runtime.onnxrt import open_session
+from rxdeploy.tuning.rules import rule
 
 MODELS = ("digits_resnext14_8x8d", "gluon_resnext50_32x4d")
 WIDTHS = (8, 16, 32, 64)
+CHANNELS = rule("onnxruntime", "int8").channels
 
 
 @click.command()
@@ -84,16 +85,15 @@ def _variants(card: ModelCard, images: NDArray[np.uint8]) -> Iterator[tuple[str,
     }
 
     def place(*keep: str) -> ir.Model:
-        return cpu.place(model, ranges, weights, largest, keep)
+        layers = [name for name in grouped(model) if name not in keep]
+        return pack(cpu.place(model, ranges, weights, largest, keep), dict.fromkeys(layers, CHANNELS))
 
     yield "fp32", model
     yield "chosen", place()
     for width in WIDTHS:
         if width != CHANNELS:
-            with mock.patch.object(cpu, "merge_groups", functools.partial(merge_groups, channels=width)):
-                yield f"groups of {width} channels", place()
-    with mock.patch.object(cpu, "merge_groups", lambda model, keep: model.clone()):
-        yield "groups as they are", place()
+            yield f"groups of {width} channels", pack(place(), width)
+    yield "groups as they are", unpack(place())
     with mock.patch.object(cpu, "_widen_normalisation", lambda graph: None):
         yield "normalisation by 3 numbers", place()
     yield "stem float", place("conv1")

@@ -212,6 +212,14 @@ engine_options = _options(
     ),
 )
 
+groups_option = click.option(
+    "--groups",
+    metavar="auto|native|N",
+    default="auto",
+    show_default=True,
+    help="Channels a group of grouped convolutions: by rule, or measured with --tune; native: the model's own.",
+)
+
 
 @cli.command()
 @json_option
@@ -277,6 +285,8 @@ def doctor(as_json: bool) -> None:
 @model_options
 @calibration_options
 @engine_options
+@groups_option
+@click.option("--tune", is_flag=True, help="Measure on this machine which graph and settings are fastest: minutes.")
 @click.option("--labels", type=click.Path(path_type=Path), help="Class names, one a line, to put into the bundle.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The bundle. [default: <model>-<precision>]")
 @click.option("--overwrite", is_flag=True, help="Replace a bundle of another model or precision.")
@@ -313,6 +323,7 @@ def build(as_json: bool, output: Path | None, overwrite: bool, force: bool, **ch
 @model_options
 @calibration_options
 @placement_option
+@groups_option
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="[default: <model>-<precision>.onnx]")
 @click.option("--overwrite", is_flag=True, help="Replace an existing file.")
 @json_option
@@ -636,6 +647,36 @@ def inspect(bundle: Path, layers: bool, as_json: bool) -> None:
 
 
 @cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="[default: BUNDLE itself]")
+@click.option(
+    "--batch", metavar="N,N,...", help="Batch sizes to tune for, all alike. [default: the plan's MIN and OPT, or 1,8]"
+)
+@click.option("--force", is_flag=True, help="Measure again instead of using what was measured here before.")
+@json_option
+def tune(bundle: Path, output: Path | None, batch: str | None, force: bool, as_json: bool) -> None:
+    """Make BUNDLE as fast as it gets on this machine, by measuring which graph and settings are."""
+    import json
+
+    from rxdeploy.bench.benchmark import parse_batches
+    from rxdeploy.cache import open_cache
+    from rxdeploy.engines.bundle import manifest_json
+    from rxdeploy.terminal import TerminalReporter
+    from rxdeploy.tuning import report, retune
+    from rxdeploy.tuning.describe import describe
+
+    sizes = parse_batches(batch) if batch else None
+    with open_cache(force) as cache, TerminalReporter() as reporter:
+        found = retune.tune(bundle, output, sizes, cache, reporter)
+    if as_json:
+        return _print_json({"bundle": str(found.path), "manifest": json.loads(manifest_json(found.manifest))})
+    assert found.manifest.tuning is not None
+    for table in report.tables(found.manifest.tuning):
+        _print(table)
+    click.echo(describe(found.manifest.tuning))
+
+
+@cli.command()
 @click.option("--clear", is_flag=True, help="Remove what no other process uses, downloaded weights included.")
 @json_option
 def cache(clear: bool, as_json: bool) -> None:
@@ -676,6 +717,8 @@ def _request(
     min_sqnr: float | None = None,
     max_drop: float | None = None,
     placement: Any = None,
+    groups: str = "auto",
+    tune: bool = False,
     **flags: bool,
 ) -> Request:
     from rxdeploy.calibration.options import CalibrationOptions
@@ -721,6 +764,8 @@ def _request(
         labels=labels,
         calibration=calibration,
         placement=placement,
+        groups=groups,
+        tune=tune,
         command=("rxdeploy", *click.get_current_context().obj),
     )
 

@@ -1,8 +1,8 @@
 """The stages in order, from a card to a bundle, and what each keeps in the cache.
 
-    weights -> export ------> precision -> engine -> bundle
-                  |               |
-               validate        validate
+    weights -> export ------> precision -> tune -> engine -> bundle
+                  |                          |
+               validate                   validate
     images -> calibrate -> (int8 only)
 
 A stage's cache key names everything that determines its result: the card, the weights, the options, the
@@ -29,13 +29,15 @@ from rxdeploy.cache import Cache, Entry, recipe_digest
 from rxdeploy.calibration.options import HELD_OUT, CalibrationOptions, SchemeName
 from rxdeploy.cards import ModelCard, read_labels
 from rxdeploy.engines import bundle as bundles
-from rxdeploy.engines.bundle import Bundle, InputKind, Manifest, Precision
+from rxdeploy.engines.builder import timing_cache
+from rxdeploy.engines.bundle import Bundle, InputKind, Manifest, Precision, Tuning
 from rxdeploy.engines.flavours import Choice, Target, choose, installed_version
 from rxdeploy.engines.gpu import find_driver
 from rxdeploy.engines.options import EngineOptions
 from rxdeploy.errors import CheckFailed, EnvironmentLacks, InputError, from_os_error, missing_module
 from rxdeploy.export.architecture import count_multiply_adds, count_parameters, resnext
 from rxdeploy.export.weights import StateDict, WeightsSource, check_parameters, load_weights, resolve_weights
+from rxdeploy.tuning.options import AUTO, batches, parse_groups
 
 if TYPE_CHECKING:
     from rxdeploy.calibration.sensitivity import Sensitivity
@@ -60,6 +62,8 @@ class Request:
     labels: Path | None = None
     calibration: CalibrationOptions | None = None  # needed for int8
     placement: SchemeName | None = None  # of Q/DQ nodes; None: as the target that is built for wants it
+    groups: str = AUTO  # of grouped convolutions: as measured or by rule, "native", or the channels a group
+    tune: bool = False  # measure here which graph is fastest
     command: tuple[str, ...] = ()
 
 
@@ -96,8 +100,14 @@ class Pipeline:
         self.reporter = reporter or Reporter()
         self.stages: list[Stage] = []
         self._network = resnext(request.card)
+        self._tuning_known = False
         if request.precision == "int8" and request.calibration is None:
             raise InputError("int8 needs a calibration")
+        self._channels = parse_groups(request.groups)
+        if request.tune and self._channels is not None:
+            raise InputError(
+                f"--tune chooses the groups, and --groups {request.groups} says them; leave one of them out"
+            )
 
     # Weights
 
@@ -257,6 +267,71 @@ class Pipeline:
         total, kept = len(list(self._network.convs())), sum(conv.name in recipe.keep for conv in self._network.convs())
         return {"convolutions": f"{total - kept} of {total} convolutions in int8, placed for {recipe.scheme}"}
 
+    # Tuning
+
+    def tune(self) -> Entry:
+        """The model that is deployed, of all graphs that compute the same: model.onnx."""
+        from rxdeploy.tuning.describe import describe
+
+        if not self.request.tune and self._as_it_is:
+            return self._deployed()
+        with self._stage("tune" if self.request.tune else "pack") as done:
+            tuning = self._tuning
+            entry = self._deployed()
+            known = self._tuning_known or not self.request.tune
+            return done(Entry(entry.folder, entry.facts, entry.reused and known), describe(tuning))
+
+    @functools.cached_property
+    def _tuning(self) -> Tuning:
+        import onnx_ir as ir
+
+        from rxdeploy.tuning import stage
+        from rxdeploy.tuning.retune import device_for
+
+        def model() -> ir.Model:
+            return ir.load(self._model(self.request.precision).folder / MODEL)
+
+        if not self.request.tune:
+            engine: SchemeName = "tensorrt" if self._choice.flavour else "onnxruntime"
+            if int8 := self.request.precision == "int8":
+                engine = self._scheme
+            keep = self._calibration().facts["keep"] if int8 else ()
+            return stage.by_rule(self._network, engine, self.request.precision, self._channels, keep)
+        options, flavour = self.request.engine, self._choice.flavour
+        draft = self._manifest(self._choice, {}, None, None)
+        device = device_for(draft, flavour, options, self.cache.folder)
+        sizes, report = batches(options), self.reporter.progress
+        tuning, self._tuning_known = stage.by_measuring(model, device, sizes, draft, code_digest(), self.cache, report)
+        return tuning
+
+    @property
+    def _as_it_is(self) -> bool:
+        return not (self._tuning.groups or self._tuning.passes)
+
+    @property
+    def _deployed_key(self) -> str:
+        model, tuning = self._model_key(self.request.precision), self._tuning
+        if self._as_it_is:
+            return model
+        return recipe_digest(model=model, groups=tuning.groups, passes=tuning.passes, code=code_digest())
+
+    def _deployed(self) -> Entry:
+        tuning = self._tuning
+        if self._as_it_is:
+            return self._model(self.request.precision)
+
+        def produce(folder: Path) -> dict[str, Any]:
+            import onnx_ir as ir
+
+            from rxdeploy.export.graph import serialise
+            from rxdeploy.tuning.variant import Variant, apply
+
+            model = ir.load(self._model(self.request.precision).folder / MODEL)
+            (folder / MODEL).write_bytes(serialise(apply(model, Variant(tuning.groups, tuning.passes))))
+            return {}
+
+        return self.cache.stage("tuned", self._deployed_key, produce)
+
     # Validation
 
     def validate(self, precision: Precision | None = None) -> Entry:
@@ -268,16 +343,20 @@ class Pipeline:
         with self._stage(f"validate {precision}") as done:
             entry = self._validation(precision)
             if not entry.facts["passed"]:
-                raise CheckFailed(self.validation_failure(entry.facts, self._model(precision).folder / MODEL))
+                raise CheckFailed(self.validation_failure(entry.facts, self._tested(precision).folder / MODEL))
             figures = list(entry.facts["providers"].values())[-1]["all"]
             decided = figures["images"] - figures["ties"]
             ties = f" ({figures['ties']} tied)" if figures["ties"] else ""
             agreement = f"top-1 agrees on all {decided} decided of {figures['images']} images{ties}"
             return done(entry, f"relative L2 {figures['relative_l2']:.1e} against PyTorch, {agreement}")
 
+    def _tested(self, precision: Precision) -> Entry:
+        """The model in the precision asked for as it is deployed; in another as it was exported."""
+        return self._deployed() if precision == self.request.precision else self._model(precision)
+
     def _validation(self, precision: Precision) -> Entry:
         key = recipe_digest(
-            model=self._model_key(precision),
+            model=self._deployed_key if precision == self.request.precision else self._model_key(precision),
             reference=self._reference_key,
             batches=self._batches,
             tools=versions("onnxruntime", "onnxruntime-gpu"),
@@ -291,7 +370,7 @@ class Pipeline:
 
             samples = self._samples(precision)
             reference = self._reference(verify=True, samples=samples)
-            model = self._model(precision)
+            model = self._tested(precision)
             self.reporter.progress("running ONNX Runtime", None)
             logits = np.load(reference.folder / "logits.npy")
             path, batches = model.folder / MODEL, self._batches
@@ -409,7 +488,8 @@ class Pipeline:
     def validate_export(self) -> tuple[dict[str, Any], Path]:
         """Figures of the model that would be deployed, passed or not, and the model."""
         self.export()
-        model = self.precision().folder / MODEL
+        self.precision()
+        model = self.tune().folder / MODEL
         with self._stage(f"validate {self.request.precision}") as done:
             entry = self._validation(self.request.precision)
             return done(entry, "passed" if entry.facts["passed"] else "failed").facts, model
@@ -417,7 +497,8 @@ class Pipeline:
     def export_to(self, output: Path) -> None:
         """Export, in the precision asked for, to an ONNX file."""
         self.export()
-        model = self.precision()
+        self.precision()
+        model = self.tune()
         with self._stage("write") as done, atomic.new_file(output) as temporary:
             shutil.copyfile(model.folder / MODEL, temporary)
             done(output, f"{output}, {file_size(temporary)}")
@@ -433,21 +514,18 @@ class Pipeline:
         options = self.request.engine
         for_this_gpu = not flavour.builds_without_gpu or options.refit or options.strip_plan
         gpu = driver.gpus[0] if for_this_gpu and driver.gpus else None
-        timing = None
-        if not flavour.builds_without_gpu:
-            gpu_name = "-".join(gpu.name.split()) if gpu else "no-gpu"
-            timing = self.cache.folder / "timing" / f"{flavour.name}-{choice.version}-{gpu_name}.cache"
+        timing = timing_cache(self.cache.folder, flavour, choice.version, gpu)
 
         def produce(folder: Path) -> dict[str, Any]:
             from rxdeploy.engines.builder import build_plan
 
-            model = (self._model(self.request.precision).folder / MODEL).read_bytes()
+            model = (self._deployed().folder / MODEL).read_bytes()
             plan = build_plan(model, flavour, options, self.reporter.progress, timing)
             (folder / bundles.PLAN).write_bytes(plan.data)
             return plan.facts
 
         key = recipe_digest(
-            model=self._model_key(self.request.precision),
+            model=self._deployed_key,
             options=options.as_facts(),
             flavour=flavour.name,
             version=choice.version,
@@ -471,7 +549,8 @@ class Pipeline:
         self.export()
         if request.precision != "fp32":
             self.validate("fp32")
-        model = self.precision()
+        self.precision()
+        model = self.tune()
         validation = self.validate()
         engine = self.engine(choice)
         with self._stage("bundle") as done:
@@ -482,7 +561,7 @@ class Pipeline:
                 files[bundles.CALIBRATION] = self._calibration().folder / bundles.CALIBRATION
             if labels:
                 files[bundles.LABELS] = ("\n".join(labels) + "\n").encode()
-            manifest = self._manifest(choice, validation.facts, engine.facts if engine else None)
+            manifest = self._manifest(choice, validation.facts, engine.facts if engine else None, self._tuning)
             bundle = bundles.write_bundle(output, manifest, files, overwrite)
             total = sum(file.bytes for file in bundle.manifest.files.values())
             return done(bundle, f"{output}, {size_text(total)}")
@@ -493,7 +572,9 @@ class Pipeline:
             return read_labels(self.request.labels, card.architecture.num_classes)
         return card.class_names()
 
-    def _manifest(self, choice: Choice, validation: dict[str, Any], engine: dict[str, Any] | None) -> Manifest:
+    def _manifest(
+        self, choice: Choice, validation: dict[str, Any], engine: dict[str, Any] | None, tuning: Tuning | None
+    ) -> Manifest:
         request, card = self.request, self.request.card
         size, classes = card.input.image_size, card.architecture.num_classes
         profiles = request.engine.profiles
@@ -528,6 +609,7 @@ class Pipeline:
             validation=validation,
             quantisation=self._calibration().facts if request.precision == "int8" else None,
             engine=engine,
+            tuning=tuning,
             tools={"rxdeploy": __version__, "python": platform.python_version(), **versions(*TOOLS)},
             command=request.command,
             files={},

@@ -99,6 +99,7 @@ def describe_bundle(bundle: Bundle, whole: bool = False) -> str:
         ("input", _tensors(manifest.inputs)),
         ("output", _tensors(manifest.outputs)),
         *_quantisation(manifest),
+        *_tuning(manifest),
         *_validation(manifest),
         (
             "counted",
@@ -191,6 +192,12 @@ def _quantisation(manifest: Manifest) -> list[tuple[str, str]]:
             )
         )
     return rows
+
+
+def _tuning(manifest: Manifest) -> list[tuple[str, str]]:
+    from rxdeploy.tuning.describe import describe
+
+    return [("tuning", describe(manifest.tuning))] if manifest.tuning else []
 
 
 def precision_table(layers: Sequence[Any]) -> Table:

@@ -185,7 +185,7 @@ class _Reading:
         """Elements of the output times the length of the sum behind each."""
         outputs = math.prod(self.shapes[node.output[0]])
         if node.op_type == "Conv":
-            # Of groups that were merged with zeros between them, what the model itself multiplies.
+            # Of groups that were packed with zeros between them, what the model itself multiplies.
             merged = _groups(node) // _attribute(node, "group", 1)
             return outputs * math.prod(self.shapes[node.input[1]][1:]) // merged
         if node.op_type not in _PRODUCTS:
@@ -232,7 +232,7 @@ class _Reading:
 
 
 def _groups(node: Any) -> int:
-    """The groups of a convolution in the model: those that calibration/groups.py noted before it merged them."""
+    """The groups of a convolution in the model: those that export/passes/groups.py noted before it packed them."""
     noted = next((each.value for each in node.metadata_props if each.key == "rxdeploy.groups"), None)
     return int(noted) if noted else _attribute(node, "group", 1)
 

@@ -17,7 +17,6 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from rxdeploy.bench.machine import instruction_sets
-from rxdeploy.calibration.groups import merge_groups
 from rxdeploy.calibration.qdq import constant, dequantise_constant, quantise_tensor
 from rxdeploy.calibration.ranges import Range, Units, units
 from rxdeploy.calibration.weights import quantise
@@ -60,7 +59,7 @@ def place(
     ``w.quantised``. InputError when `keep` names no node or a range or scale is missing, CheckFailed for a range or
     a scale that is not finite.
     """
-    model = merge_groups(model, keep=keep)  # float kernels are better off without
+    model = model.clone()
     graph = model.graph
     if unknown := sorted(set(keep) - {node.name or "" for node in graph}):
         raise InputError(f"to be kept in float: the model has no layer {', '.join(unknown)}")

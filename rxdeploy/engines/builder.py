@@ -18,6 +18,7 @@ from typing import Any
 
 from rxdeploy import atomic
 from rxdeploy.engines.flavours import Flavour
+from rxdeploy.engines.gpu import Gpu
 from rxdeploy.engines.messages import Messages, log, logger_for
 from rxdeploy.engines.options import EngineOptions
 from rxdeploy.errors import CheckFailed, EnvironmentLacks, InputError, missing_module
@@ -39,11 +40,11 @@ def build_plan(
     flavour: Flavour,
     options: EngineOptions,
     progress: Progress | None = None,
-    timing_cache: Path | None = None,
+    timings: Path | None = None,
 ) -> Plan:
     """Build a plan from a serialised ONNX `model`.
 
-    `timing_cache` is read and rewritten where the flavour times its kernels. Errors: CheckFailed when
+    `timings`, a `timing_cache`, is read and rewritten where the flavour times its kernels. Errors: CheckFailed when
     TensorRT refuses the model, with its own words; EnvironmentLacks when it cannot start; KeyboardInterrupt
     when the user pressed Ctrl-C, after TensorRT has stopped cleanly.
     """
@@ -65,7 +66,7 @@ def build_plan(
         parsed = bool(model) and parser.parse(model)
         if parsed and not interrupted.is_set():
             config = _configure(trt, builder, network, options)
-            cache = _load_timing_cache(config, flavour, timing_cache)
+            cache = _load_timing_cache(config, flavour, timings)
             config.progress_monitor = monitor = _monitor(trt, progress, interrupted)
             plan = builder.build_serialized_network(network, config)
     if interrupted.is_set():
@@ -77,12 +78,20 @@ def build_plan(
         raise monitor.failure
     if plan is None:
         raise _build_error(flavour, options, messages)
-    if cache is not None and timing_cache is not None:
-        atomic.write_bytes(timing_cache, bytes(config.get_timing_cache().serialize()))
+    if cache is not None and timings is not None:
+        atomic.write_bytes(timings, bytes(config.get_timing_cache().serialize()))
     if progress:
         progress("done", 1.0)  # the outermost phase need not report its last step
     facts = {"flavour": flavour.name, "version": trt.__version__, "warnings": messages.warnings, **options.as_facts()}
     return Plan(bytes(plan), facts)
+
+
+def timing_cache(folder: Path, flavour: Flavour, version: str | None, gpu: Gpu | None) -> Path | None:
+    """The file in a cache folder for TensorRT's own timings on that GPU; None for a flavour that times nothing."""
+    if flavour.builds_without_gpu:
+        return None
+    name = "-".join(gpu.name.split()) if gpu else "no-gpu"
+    return folder / "timing" / f"{flavour.name}-{version}-{name}.cache"
 
 
 def _parser_error(error: Any) -> str:

@@ -89,6 +89,31 @@ class TargetFacts(_Part, kw_only=True, frozen=True):
     gpu: str | None  # the GPU of the build machine
 
 
+class CpuSettings(_Part, kw_only=True, frozen=True):
+    """How a CPU runs model.onnx."""
+
+    engine: Literal["onnxruntime", "openvino"] = "onnxruntime"
+    threads: int = 0  # that compute a node together; 0: one a core
+    sessions: int = 1  # that a batch is split over, each with `threads`
+    spinning: bool = True  # ONNX Runtime: threads wait for each other busily
+    arena: bool = True  # ONNX Runtime: memory is kept from one run to the next
+    denormals_as_zero: bool = False
+
+
+class Tuning(_Part, kw_only=True, frozen=True):
+    """Which of the graphs that compute the same model.onnx is, and how it is best run; see docs/tuning.md."""
+
+    tuned: bool  # False: by rule, not by measuring
+    device: str  # what it was measured on
+    cores: int | None
+    versions: dict[str, str]
+    batch: tuple[int, ...]
+    groups: dict[str, int]  # channels a group of each packed layer
+    passes: tuple[str, ...]
+    cpu: CpuSettings | None
+    report: dict[str, Any]  # what was measured
+
+
 class Manifest(_Part, kw_only=True, frozen=True):
     """manifest.json; see docs/bundle.md."""
 
@@ -107,6 +132,7 @@ class Manifest(_Part, kw_only=True, frozen=True):
     outputs: tuple[Tensor, ...]
     validation: dict[str, Any]
     quantisation: dict[str, Any] | None = None  # int8: how, and the error that it left
+    tuning: Tuning | None = None
     engine: dict[str, Any] | None
     tools: dict[str, str]
     command: tuple[str, ...]

@@ -76,7 +76,7 @@ def command(*arguments: object) -> Any:
 @pytest.mark.parametrize("placement", ["tensorrt", "onnxruntime"])
 def test_a_build_that_runs(request_for: Callable[..., Request], data: Path, tmp_path: Path, placement: str) -> None:
     bundle, stages = build(request_for(placement=placement), tmp_path)
-    names = ["export", "validate fp32", "calibrate", "precision", "validate int8", "bundle"]
+    names = ["export", "validate fp32", "calibrate", "precision", "pack", "validate int8", "bundle"]
     assert [stage.name for stage in stages] == names
     opened = open_bundle(bundle.path)
     facts = opened.manifest.quantisation

@@ -533,7 +533,7 @@ def test_full_timings_of_another_gpu_are_replaced(
 
 def test_rtx_has_no_timings(fake: FakeTensorRT, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", sys.modules["tensorrt"])
-    build_plan(b"model", TENSORRT_RTX, DEFAULT, timing_cache=tmp_path / "cache")
+    build_plan(b"model", TENSORRT_RTX, DEFAULT, timings=tmp_path / "cache")
     assert fake.told["timing caches"] == []
     assert not list(tmp_path.iterdir())
 

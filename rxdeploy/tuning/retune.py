@@ -1,0 +1,124 @@
+"""`rxdeploy tune`: a bundle that was built elsewhere, or by rule, made as fast as it gets on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import onnx_ir as ir
+
+from rxdeploy.bench.samples import sample_images
+from rxdeploy.cache import Cache
+from rxdeploy.engines import bundle as bundles
+from rxdeploy.engines.builder import build_plan, timing_cache
+from rxdeploy.engines.bundle import Bundle, Manifest, Tuning
+from rxdeploy.engines.flavours import FLAVOURS, Flavour
+from rxdeploy.engines.gpu import find_driver
+from rxdeploy.engines.options import MAX_BATCH, EngineOptions, Profile
+from rxdeploy.errors import CheckFailed, EnvironmentLacks, InputError
+from rxdeploy.export.graph import serialise
+from rxdeploy.export.passes import PASSES
+from rxdeploy.export.passes.groups import unpack
+from rxdeploy.export.validate import LIMITS, deviation
+from rxdeploy.pipeline import Reporter, code_digest
+from rxdeploy.runtime.onnxrt import open_session, run_session
+from rxdeploy.tuning import stage
+from rxdeploy.tuning.device import CpuDevice, Device, PlanDevice
+from rxdeploy.tuning.options import batches
+from rxdeploy.tuning.variant import Variant, apply
+
+_CHECKED_ON = 8  # images
+_DEFAULT_BATCHES = (1, 8)
+
+
+def tune(path: Path, output: Path | None, sizes: Sequence[int] | None, cache: Cache, reporter: Reporter) -> Bundle:
+    """Tune the bundle at `path` for this machine and write it to `output`, by default in its place.
+
+    `sizes` are the batch sizes to tune for; without, those that its plan is built for, or 1 and 8. EnvironmentLacks
+    without the GPU that a plan is for; CheckFailed when the tuned model does not compute the same.
+    """
+    bundle = bundles.open_bundle(path)
+    output, manifest = output or path, bundle.manifest
+    bundles.check_destination(output, manifest.model, manifest.precision, overwrite=False)
+    flavour, options = _engine(manifest)
+    chosen = tuple(sorted(set(sizes))) if sizes else batches(options) if flavour else _DEFAULT_BATCHES
+    least, most = manifest.inputs[0].batch or (1, MAX_BATCH)
+    if not least <= chosen[0] <= chosen[-1] <= most:
+        raise InputError(f"--batch {','.join(map(str, chosen))}: the bundle's plan takes {least} to {most}")
+    device = device_for(manifest, flavour, options, cache.folder)
+    base = unpack(ir.load(bundle.file(bundles.MODEL)))
+    reporter.started("tune")
+    tuning, _ = stage.by_measuring(lambda: base, device, chosen, manifest, code_digest(), cache, reporter.progress)
+    tuned = serialise(apply(base, Variant(tuning.groups, tuning.passes)))
+    checked = _check(bundle, tuned)
+    files: dict[str, Path | bytes] = {name: bundle.file(name) for name in manifest.files}
+    files[bundles.MODEL] = tuned
+    facts = manifest.engine
+    if flavour:
+        reporter.progress("building the plan", None)
+        timings = timing_cache(cache.folder, flavour, flavour.version(), find_driver().gpus[0])
+        plan = build_plan(tuned, flavour, options, reporter.progress, timings)
+        files[bundles.PLAN], facts = plan.data, plan.facts
+    return bundles.write_bundle(output, _tuned(manifest, tuning, facts, checked), files, overwrite=False)
+
+
+def device_for(manifest: Manifest, flavour: Flavour | None, options: EngineOptions, cache: Path) -> Device:
+    """Where the bundle is to be fast: the GPU for a plan, else the CPU. EnvironmentLacks when there is none."""
+    if flavour is None:
+        return CpuDevice(manifest)
+    if problem := find_driver().problem:
+        raise EnvironmentLacks(
+            f"tuning a plan needs the GPU that it is for: {problem}; build without --tune, and run "
+            "`rxdeploy tune BUNDLE` on the machine with the GPU"
+        )
+    if flavour.version() is None:
+        raise EnvironmentLacks(f"tuning a plan needs {flavour.name}; {flavour.install}")
+    return PlanDevice(
+        manifest, flavour, options, timing_cache(cache, flavour, flavour.version(), find_driver().gpus[0])
+    )
+
+
+def _engine(manifest: Manifest) -> tuple[Flavour | None, EngineOptions]:
+    """What the bundle's plan was built with."""
+    if manifest.engine is None:
+        return None, EngineOptions()
+    flavour = next((each for each in FLAVOURS if each.name == manifest.target.name), None)
+    if flavour is None:
+        raise InputError(f"the bundle has a plan of {manifest.target.name}, which this rxdeploy does not know")
+    known = {name: manifest.engine[name] for name in EngineOptions.__dataclass_fields__ if name in manifest.engine}
+    profiles = tuple(Profile(**each) for each in known.pop("profiles"))
+    capabilities = tuple(known.pop("compute_capabilities", ()))
+    return flavour, EngineOptions(profiles=profiles, compute_capabilities=capabilities, **known)
+
+
+def _check(bundle: Bundle, tuned: bytes) -> dict[str, Any]:
+    """How far the tuned model's logits are from the bundle's own, on ONNX Runtime; CheckFailed beyond the limits."""
+    manifest = bundle.manifest
+    feed = {manifest.inputs[0].name: sample_images(manifest, _CHECKED_ON)}
+    before, after = (
+        run_session(open_session(model, integers=manifest.for_integers), ["logits"], feed)[0]
+        for model in (bundle.file(bundles.MODEL), tuned)
+    )
+    limits = LIMITS[manifest.precision]
+    found = deviation(after, before, limits.tie)
+    if not found["relative_l2"] <= limits.relative_l2 or found["flipped"]:
+        raise CheckFailed(
+            f"the tuned model does not compute what {bundle.path} does: relative L2 {found['relative_l2']:.2g} (limit "
+            f"{limits.relative_l2:g}), {found['flipped']} of {found['images']} images change class; this is a bug"
+        )
+    return found
+
+
+def _tuned(manifest: Manifest, tuning: Tuning, facts: dict[str, Any] | None, checked: dict[str, Any]) -> Manifest:
+    before = manifest.tuning.passes if manifest.tuning else ()
+    passes = tuple(name for name in PASSES if name in (*before, *tuning.passes))
+    tuning = msgspec.structs.replace(
+        tuning, passes=passes, report={**tuning.report, "against_the_bundle_before": checked}
+    )
+    driver = find_driver()
+    gpu = driver.gpus[0].name if facts and driver.gpus else manifest.target.gpu
+    version = str(facts["version"]) if facts else manifest.target.version
+    target = msgspec.structs.replace(manifest.target, gpu=gpu, version=version)
+    return msgspec.structs.replace(manifest, tuning=tuning, engine=facts, target=target, files={})

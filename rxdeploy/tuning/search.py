@@ -1,0 +1,226 @@
+"""The search: a width for every grouped convolution, passes, an engine and its settings, each kept only where it gains.
+
+For every width that packing can give, the whole graph is packed to it and profiled, so each layer is timed where it
+will run, with its neighbours' layouts and caches; the fastest width of every layer makes one graph. That, and
+everything after it, is then judged by whole runs, by turns with what it would replace (contest.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import msgspec
+import onnx_ir as ir
+
+from rxdeploy.bench.machine import cores
+from rxdeploy.engines.bundle import CpuSettings
+from rxdeploy.export.graph import serialise
+from rxdeploy.export.passes import PASSES
+from rxdeploy.export.passes.groups import Grouped, grouped
+from rxdeploy.tuning.contest import Ratio, Run, contest
+from rxdeploy.tuning.device import Device
+from rxdeploy.tuning.variant import Variant, apply, uniform
+
+WORTH = 0.01  # a smaller gain is a tie, which the smaller model or the plainer setting wins
+TIE = 0.03  # of a single layer's time, which is told less exactly
+MOST_WORK = 16  # times a layer's own multiply-adds: wider groups are not tried
+
+Say = Callable[[str], None]
+Times = Mapping[int, Mapping[str, Sequence[float]]]  # by width, then layer: seconds for each batch size
+
+
+@dataclass(frozen=True)
+class Found:
+    """The fastest graph, the engine it is for, and how the search went."""
+
+    variant: Variant
+    engine: str
+    settings: CpuSettings | None
+    report: dict[str, Any]
+
+
+def search(model: ir.Model, device: Device, batches: Sequence[int], say: Say) -> Found:
+    """The fastest of the graphs that compute what `model` computes, for batches of these sizes together."""
+    tried = {engine: _Search(model, device, engine, batches, say).run() for engine in device.engines}
+    first = device.engines[0]
+    ways = {engine: (found.variant, None) for engine, found in tried.items()}
+    steps: list[dict[str, Any]] = []
+    best = first
+    if len(ways) > 1:
+        say("comparing engines")
+        ratios = _Ways(model, device, batches).contest({name: (*way, name) for name, way in ways.items()})
+        best = min(ratios, key=lambda name: ratios[name].median)
+        best = best if ratios[best].faster(WORTH) else first
+        steps = [_step(name, ratio, name == best) for name, ratio in ratios.items()]
+    settings, setting_steps = _settings(model, device, best, tried[best].variant, batches, say)
+    say("measuring the whole gain")
+    ratios = _Ways(model, device, batches).contest(
+        {"as it was": (Variant(), None, first), "tuned": (tried[best].variant, settings, best)}
+    )
+    report = {
+        "engines": {engine: found.report for engine, found in tried.items()},
+        "engine": steps,
+        "settings": setting_steps,
+        "whole": ratios["tuned"].as_facts(),
+    }
+    return Found(tried[best].variant, best, settings, report)
+
+
+class _Ways:
+    """Graphs, engines and settings against each other."""
+
+    def __init__(self, model: ir.Model, device: Device, batches: Sequence[int]) -> None:
+        self._model, self._device, self._batches = model, device, batches
+
+    def contest(self, ways: Mapping[str, tuple[Variant, CpuSettings | None, str]]) -> dict[str, Ratio]:
+        runs: dict[str, Run] = {}
+        with ExitStack() as held:
+            for name, (variant, settings, engine) in ways.items():
+                graph = serialise(apply(self._model, variant))
+                runs[name] = held.enter_context(self._device.open(graph, engine, settings)).run
+                del graph  # of the largest model a third of a gigabyte
+            return contest(runs, self._batches)
+
+
+class _Search:
+    """The search on one engine."""
+
+    def __init__(self, model: ir.Model, device: Device, engine: str, batches: Sequence[int], say: Say) -> None:
+        self._model, self._device, self._engine, self._batches, self._say = model, device, engine, batches, say
+        self._layers = grouped(model)
+        self._steps: list[dict[str, Any]] = []
+
+    def run(self) -> Found:
+        times = {width: self._profile(width) for width in self._widths()}
+        chosen = choose_widths(self._layers, times)
+        variant = self._better(Variant(), self._candidates(chosen, times))
+        for name in PASSES:
+            self._say(f"{self._engine}: trying the pass {name}")
+            with_it = replace(variant, passes=(*variant.passes, name))
+            if self._changes(variant, with_it):
+                variant = self._better(variant, {name: with_it})
+        report = {"layers": self._table(times, variant), "steps": self._steps}
+        return Found(variant, self._engine, None, report)
+
+    def _widths(self) -> list[int]:
+        """0 stands for the model's own groups."""
+        wider = {width for own in self._layers.values() for width in own.widths if _is_tried(own, width)}
+        return [0, *sorted(wider)]
+
+    def _profile(self, width: int) -> dict[str, list[float]]:
+        """Seconds of the layers that have `width` channels a group in a graph packed to it, for each batch size."""
+        self._say(f"{self._engine}: timing groups of {width} channels" if width else f"{self._engine}: timing")
+        groups = uniform(self._layers, width) if width else {}
+        groups = {name: each for name, each in groups.items() if _is_tried(self._layers[name], each)}
+        model = serialise(apply(self._model, Variant(groups)))
+        with self._device.open(model, self._engine) as opened:
+            found = [opened.layers(batch) for batch in self._batches]
+        names = [name for name in self._layers if groups.get(name, 0) == width and all(name in each for each in found)]
+        return {name: [each[name] for each in found] for name in names}
+
+    def _candidates(self, chosen: dict[str, int], times: Times) -> dict[str, Variant]:
+        """The graph of the fastest layers, and the uniform one that their times promise most of."""
+        found = {"each layer's fastest width": Variant(chosen)}
+        widths = [width for width in times if width and times[width]]
+        if widths:
+            best = min(widths, key=lambda width: _promised(self._layers, times, width))
+            groups = {
+                name: each for name, each in uniform(self._layers, best).items() if _is_tried(self._layers[name], each)
+            }
+            found[f"{best} channels in every group"] = Variant(groups)
+        return {name: variant for name, variant in found.items() if variant.groups}
+
+    def _better(self, now: Variant, others: dict[str, Variant]) -> Variant:
+        """The fastest of them; `now` unless another is faster beyond doubt."""
+        others = {name: other for name, other in others.items() if other != now}
+        if not others:
+            return now
+        self._say(f"{self._engine}: comparing {', '.join(others)}")
+        ways = {"now": now, **others}
+        ratios = _Ways(self._model, self._device, self._batches).contest(
+            {name: (variant, None, self._engine) for name, variant in ways.items()}
+        )
+        best = min(ratios, key=lambda name: ratios[name].median)
+        best = best if ratios[best].faster(WORTH) else "now"
+        self._steps += [_step(name, ratios[name], name == best) for name in others]
+        return ways[best]
+
+    def _changes(self, before: Variant, after: Variant) -> bool:
+        return serialise(apply(self._model, before)) != serialise(apply(self._model, after))
+
+    def _table(self, times: Times, variant: Variant) -> dict[str, Any]:
+        return {
+            name: {
+                "own": own.width,
+                "chosen": variant.groups.get(name, own.width),
+                "seconds": {str(width or own.width): times[width][name] for width in times if name in times[width]},
+            }
+            for name, own in self._layers.items()
+        }
+
+
+def _is_tried(own: Grouped, width: int) -> bool:
+    return own.width < width <= MOST_WORK * own.width
+
+
+def choose_widths(layers: Mapping[str, Grouped], times: Times) -> dict[str, int]:
+    """The channels a group of each layer that is faster packed; of those as good as the fastest, the narrowest."""
+    chosen: dict[str, int] = {}
+    for name in layers:
+        logs = {width: _mean_log(times[width][name]) for width in times if name in times[width]}
+        if not logs or 0 not in logs:
+            continue
+        good = min(logs.values()) + math.log1p(TIE)
+        if best := min(width for width, log in logs.items() if log <= good):
+            chosen[name] = best
+    return chosen
+
+
+def _mean_log(seconds: Sequence[float]) -> float:
+    return sum(math.log(max(each, 1e-9)) for each in seconds) / len(seconds)
+
+
+def _promised(layers: Mapping[str, Grouped], times: Times, width: int) -> float:
+    """Seconds of all grouped layers when each has up to `width` channels a group, over all batch sizes."""
+    total = 0.0
+    for name in layers:
+        of = max((each for each in times if each <= width and name in times[each]), default=None)
+        total += sum(times[of][name]) if of is not None else 0.0
+    return total
+
+
+def _step(what: str, ratio: Ratio, kept: bool) -> dict[str, Any]:
+    return {"what": what, "kept": kept, "seconds_over_before": ratio.as_facts()}
+
+
+def _settings(
+    model: ir.Model, device: Device, engine: str, variant: Variant, batches: Sequence[int], say: Say
+) -> tuple[CpuSettings | None, list[dict[str, Any]]]:
+    """An engine's settings, changed one after the other where that is faster; None for an engine that has none."""
+    if engine not in ("onnxruntime", "openvino"):
+        return None, []
+    now, steps = CpuSettings(engine=engine), []  # type: ignore[arg-type]
+    for what, changes in _alternatives(engine):
+        say(f"{engine}: trying {what}")
+        other = msgspec.structs.replace(now, **changes)
+        ways = {"now": (variant, now, engine), what: (variant, other, engine)}
+        ratio = _Ways(model, device, batches).contest(ways)[what]
+        kept = ratio.faster(WORTH)
+        now = other if kept else now
+        steps.append(_step(what, ratio, kept))
+    return now, steps
+
+
+def _alternatives(engine: str) -> list[tuple[str, dict[str, Any]]]:
+    many = cores()
+    found: list[tuple[str, dict[str, Any]]] = []
+    if many > 1:
+        found.append(("a batch split over one-threaded sessions", {"sessions": many, "threads": 1}))
+        found.append(("one thread less than cores", {"threads": many - 1, "sessions": 1}))
+    if engine == "onnxruntime":
+        found += [("threads that sleep instead of spinning", {"spinning": False}), ("no arena", {"arena": False})]
+    return [*found, ("denormals as zero", {"denormals_as_zero": True})]
