@@ -677,6 +677,35 @@ def tune(bundle: Path, output: Path | None, batch: str | None, force: bool, as_j
 
 
 @cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--format", "kind", type=click.Choice(["triton"]), required=True, help="Triton's model repository.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The repository; others stay.")
+@click.option("--name", help="The model's name there. [default: the bundle's model]")
+@click.option(
+    "--backend",
+    type=click.Choice(["auto", "tensorrt", "onnxruntime"]),
+    default="auto",
+    show_default=True,
+    help="auto: the plan, where Triton can run it, else model.onnx.",
+)
+@click.option("--max-batch", type=click.IntRange(1, 4096), help="[default: the plan's largest, or 32]")
+@click.option(
+    "--max-delay-ms", type=float, default=2.0, show_default=True, help="How long a request may wait for others."
+)
+@click.option("--overwrite", is_flag=True, help="Replace a model of that name.")
+@json_option
+def package(bundle: Path, kind: str, output: Path, overwrite: bool, as_json: bool, **choices: Any) -> None:
+    """Write BUNDLE as another server wants it."""
+    from rxdeploy.engines.bundle import open_bundle
+    from rxdeploy.packaging import triton
+
+    made = triton.package(open_bundle(bundle), output, overwrite=overwrite, **choices)
+    if as_json:
+        return _print_json({"format": kind, "model": str(made.path), "backend": made.backend, "reason": made.reason})
+    click.echo(f"{made.path}, for Triton's {made.backend} backend ({made.reason})")
+
+
+@cli.command()
 @click.option("--clear", is_flag=True, help="Remove what no other process uses, downloaded weights included.")
 @json_option
 def cache(clear: bool, as_json: bool) -> None:
