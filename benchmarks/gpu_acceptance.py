@@ -36,7 +36,7 @@ from rxdeploy.bench.layers import layer_times
 from rxdeploy.cache import open_cache
 from rxdeploy.calibration.options import CalibrationOptions
 from rxdeploy.cards import ModelCard, find_card
-from rxdeploy.engines.bundle import MODEL, open_bundle
+from rxdeploy.engines.bundle import MODEL, Manifest, open_bundle
 from rxdeploy.engines.gpu import find_driver
 from rxdeploy.engines.options import EngineOptions, Profile
 from rxdeploy.errors import EnvironmentLacks, RxDeployError
@@ -58,6 +58,7 @@ Rival = Callable[[], object]  # enqueues one batch
 @click.option("--precisions", default=",".join(PRECISIONS), show_default=True)
 @click.option("--batches", default="1,32,128", show_default=True)
 @click.option("--seconds", default=0.4, show_default=True, help="Of each contestant in each of the five rounds.")
+@click.option("--groups", default="auto,native", show_default=True, help="As `rxdeploy build --groups`, or tune.")
 @click.option("--bundles", type=click.Path(path_type=Path, file_okay=False), help="Use the bundles in this folder.")
 @click.option("--tests/--no-tests", default=True, help="Run `pytest -m gpu` too.")
 @click.option("--layers/--no-layers", default=True, help="Time the layers too.")
@@ -67,6 +68,7 @@ def main(
     precisions: str,
     batches: str,
     seconds: float,
+    groups: str,
     bundles: Path | None,
     tests: bool,
     layers: bool,
@@ -85,8 +87,10 @@ def main(
         report["gpu tests"] = run_tests()
         failed |= report["gpu tests"]["exit code"] != 0
         _write(stem, report)
-    for name, precision, path in _bundles(bundles, models.split(","), precisions.split(","), sizes):
-        row = {"model": name, "precision": precision, **examine(path, sizes, seconds, layers)}
+    for path in _bundles(bundles, models.split(","), precisions.split(","), groups.split(","), sizes):
+        manifest = open_bundle(path).manifest
+        about = {"model": manifest.model, "precision": manifest.precision, "groups": groups_of(manifest)}
+        row = {**about, **examine(path, sizes, seconds, layers)}
         report["bundles"].append(row)
         failed |= row.get("parity", {}).get("passed") is not True
         _write(stem, report)  # after each: a run that is cut off leaves what it has measured
@@ -119,25 +123,45 @@ def run_tests() -> dict[str, Any]:
 
 
 def _bundles(
-    given: Path | None, models: list[str], precisions: list[str], sizes: tuple[int, ...]
-) -> Iterator[tuple[str, str, Path]]:
-    """Model, precision and folder of each bundle, built here unless they are given."""
+    given: Path | None, models: list[str], precisions: list[str], groups: list[str], sizes: tuple[int, ...]
+) -> Iterator[Path]:
+    """The folder of each bundle, built here unless they are given; of graphs that are alike only the first."""
     if given is not None:
-        for path in sorted(path.parent for path in given.glob("*/manifest.json")):
-            manifest = open_bundle(path).manifest
-            yield manifest.model, manifest.precision, path
+        yield from sorted(path.parent for path in given.glob("*/manifest.json"))
         return
     profiles = (*(Profile(size, size, size) for size in sizes), Profile(1, 8, max(sizes)))
     for model in models:
         for precision in precisions:
-            path = Path("gpu-acceptance") / f"{model}-{precision}"
-            click.echo(f"building {path}")
-            card, options = find_card(model), EngineOptions(profiles=profiles)
-            calibration = _calibration(card, path.parent) if precision == "int8" else None
-            request = Request(card, precision, "uint8", weights="synthetic", engine=options, calibration=calibration)
-            with open_cache() as cache:
-                Pipeline(request, cache).build(path, overwrite=True)
-            yield model, precision, path
+            seen: set[str] = set()
+            for packing in groups:
+                path = Path("gpu-acceptance") / f"{model}-{precision}-{packing}"
+                click.echo(f"building {path}")
+                card, options = find_card(model), EngineOptions(profiles=profiles)
+                request = Request(
+                    card,
+                    precision,
+                    "uint8",
+                    weights="synthetic",
+                    engine=options,
+                    calibration=_calibration(card, path.parent) if precision == "int8" else None,
+                    groups="auto" if packing == "tune" else packing,
+                    tune=packing == "tune",
+                )
+                with open_cache() as cache:
+                    built = Pipeline(request, cache).build(path, overwrite=True)
+                digest = built.manifest.files[MODEL].sha256
+                if digest not in seen:
+                    yield path
+                seen.add(digest)
+
+
+def groups_of(manifest: Manifest) -> str:
+    """How the grouped convolutions of a bundle are packed."""
+    tuning = manifest.tuning
+    if not tuning or not tuning.groups:
+        return "own groups"
+    widths = ", ".join(map(str, sorted(set(tuning.groups.values()))))
+    return f"groups of {widths}{' by measurement' if tuning.tuned else ''}"
 
 
 def _calibration(card: ModelCard, folder: Path) -> CalibrationOptions:
@@ -341,7 +365,7 @@ def markdown(report: dict[str, Any]) -> str:
             if figures
             else (f"not run: {row['why not']}", "-", "-")
         )
-        lines.append(f"| {row['model']} | {row['precision']} | {' | '.join(cells)} |")
+        lines.append(f"| {row['model']} | {row['precision']}, {row['groups']} | {' | '.join(cells)} |")
     lines += ["", "Images a second (median of rounds; in brackets, times the fastest PyTorch of the run):", ""]
     lines += ["| model | precision | batch | contestant | images/s | ms | |", "|---|---|---|---|---|---|---|"]
     for row in report["bundles"]:
@@ -356,7 +380,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def _speed_lines(row: dict[str, Any], speed: dict[str, Any]) -> list[str]:
-    where = f"| {row['model']} | {row['precision']} | {speed['batch']} |"
+    where = f"| {row['model']} | {row['precision']}, {row['groups']} | {speed['batch']} |"
     rival = min((ms for name, ms in speed["ms"].items() if name.startswith("torch")), default=None)
     lines = [
         f"{where} {name} | {speed['batch'] / ms * 1000:.0f} | {ms:.3f} | {f'({rival / ms:.2f})' if rival else ''} |"
@@ -366,7 +390,7 @@ def _speed_lines(row: dict[str, Any], speed: dict[str, Any]) -> list[str]:
 
 
 def _layer_lines(row: dict[str, Any], layers: dict[str, Any]) -> list[str]:
-    where = f"| {row['model']} | {row['precision']} | {layers['batch']} |"
+    where = f"| {row['model']} | {row['precision']}, {row['groups']} | {layers['batch']} |"
     if "why not" in layers:
         return [f"{where} not run: {layers['why not']} | - | - | - |"]
     total = sum(kind["multiply_adds"] for kind in layers["kinds"].values()) or 1

@@ -52,7 +52,7 @@ def test_parity_speed_and_what_was_not_possible(acceptance: Any, bundle_with_pla
             "torch eager, channels_last",
             "torch.compile max-autotune, channels_last",
         }
-    assert "| small | fp32 | 4 | rxdeploy, on the device |" in text
+    assert "| small | fp32, own groups | 4 | rxdeploy, on the device |" in text
     assert "| ONNX Runtime CUDA | not run |" in text
 
 
