@@ -10,7 +10,7 @@ setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -e '.[cpu,build,rtx,dev]' -c constraints.txt
+	$(BIN)/pip install --quiet -e '.[cpu,openvino,build,rtx,dev]' -c constraints.txt
 	touch $@
 
 demo: setup

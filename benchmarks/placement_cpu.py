@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -76,18 +76,7 @@ def main(models: tuple[str, ...], batches: tuple[int, ...], rounds: int, keep: b
 def _variants(card: ModelCard, images: NDArray[np.uint8]) -> Iterator[tuple[str, ir.Model]]:
     source = resolve_weights(card, None if card.weights.file else "synthetic", Path())  # nothing is downloaded
     model = build_graph(card, load_weights(card, source))
-    largest = 2 ** (cpu.weight_bits() - 1) - 1
-    ranges = _ranges(model, images[:8])
-    weights = {
-        name: scales(value.const_value.numpy(), largest, "minmax")
-        for name, value in model.graph.initializers.items()
-        if name.endswith(".weight") and value.const_value is not None
-    }
-
-    def place(*keep: str) -> ir.Model:
-        layers = [name for name in grouped(model) if name not in keep]
-        return pack(cpu.place(model, ranges, weights, largest, keep), dict.fromkeys(layers, CHANNELS))
-
+    place = placing(model, images[:8])
     yield "fp32", model
     yield "chosen", place()
     for width in WIDTHS:
@@ -102,6 +91,23 @@ def _variants(card: ModelCard, images: NDArray[np.uint8]) -> Iterator[tuple[str,
     yield "fc float", place("fc")
     yield "average pool and fc float", place("pool", "fc")
     yield "sums float", place(*(str(node.name) for node in model.graph if node.op_type == "Add"))
+
+
+def placing(model: ir.Model, images: NDArray[np.uint8]) -> Callable[..., ir.Model]:
+    """Gives the float32 `model` in int8, the layers kept in float that it is given, in groups of CHANNELS channels."""
+    largest = 2 ** (cpu.weight_bits() - 1) - 1
+    ranges = _ranges(model, images)
+    weights = {
+        name: scales(value.const_value.numpy(), largest, "minmax")
+        for name, value in model.graph.initializers.items()
+        if name.endswith(".weight") and value.const_value is not None
+    }
+
+    def place(*keep: str) -> ir.Model:
+        layers = [name for name in grouped(model) if name not in keep]
+        return pack(cpu.place(model, ranges, weights, largest, keep), dict.fromkeys(layers, CHANNELS))
+
+    return place
 
 
 def _ranges(model: ir.Model, images: NDArray[np.uint8]) -> dict[str, Range]:

@@ -31,7 +31,7 @@ from rxdeploy.runtime.metrics import Metrics
 MODEL = "digits_resnext14_8x8d"
 IMAGES = 64  # different ones
 CALLERS = 16
-BATCHING = Batching(max_batch=5, max_delay_ms=2)  # a batch waits while two cores compute others
+BATCHING = Batching(max_batch=8, max_delay_ms=2)  # of 16 callers, a batch for each of two cores
 SOAK_CALLERS = 8
 TOLERANCE = 1e-4  # relative L2 between a batched and an unbatched result: sums in another order
 MEBI = 1 << 20

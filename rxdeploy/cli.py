@@ -97,10 +97,11 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Machine-read
 
 device_option = click.option(
     "--device",
-    metavar="auto|tensorrt|cuda|cpu",
+    metavar="auto|tensorrt|cuda|cpu|onnxruntime|openvino",
     default="auto",
     show_default=True,
-    help="tensorrt: the plan; cuda, cpu: ONNX Runtime; auto: the first that works. Another GPU: tensorrt:1.",
+    help="tensorrt: the plan; cuda: ONNX Runtime; cpu: the engine it was tuned to, or ONNX Runtime; onnxruntime, "
+    "openvino: the CPU with that one; auto: the first that works. Another GPU: tensorrt:1.",
 )
 
 _weights_option = click.option(

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from rxdeploy.engines.flavours import FLAVOURS, Choice, Flavour, choose, installed_version, lacking
 from rxdeploy.engines.gpu import find_driver
 from rxdeploy.engines.options import EngineOptions
-from rxdeploy.errors import RxDeployError
+from rxdeploy.errors import EnvironmentLacks, RxDeployError
 from rxdeploy.runtime import plan
+from rxdeploy.runtime.onnxrt import import_onnxruntime
+from rxdeploy.runtime.openvino import import_openvino
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def examine() -> list[Finding]:
         for gpu in driver.gpus
     ]
     findings += [_flavour_finding(flavour) for flavour in FLAVOURS]
-    findings.append(_onnxruntime_finding())
+    findings += [_onnxruntime_finding(), _openvino_finding()]
     findings += [_package_finding(*package) for package in _PACKAGES]
     return findings
 
@@ -124,11 +125,22 @@ def _onnxruntime_finding() -> Finding:
             "pip uninstall onnxruntime onnxruntime-gpu, then pip install 'rxdeploy[cpu]' or 'rxdeploy[gpu]'",
         )
     try:
-        providers = ", ".join(importlib.import_module("onnxruntime").get_available_providers())
-    except (ImportError, OSError, AttributeError) as error:
+        providers = ", ".join(import_onnxruntime().get_available_providers())
+    except (EnvironmentLacks, ImportError, OSError, AttributeError) as error:
         return Finding("ONNX Runtime", "unusable", f"does not load: {error}", adds, f"pip install -U {installed[0]}")
     unused = " (without a GPU it runs on the CPU)" if "CUDA" in providers and find_driver().problem else ""
     return Finding("ONNX Runtime", "ok", f"{installed[0]} {installed_version(tuple(installed))}: {providers}{unused}")
+
+
+def _openvino_finding() -> Finding:
+    adds, install = "a second engine for bundles on a CPU, often the faster one", "pip install 'rxdeploy[openvino]'"
+    if not plan.is_installed("openvino"):
+        return Finding("OpenVINO", "missing", "not installed", adds, install)
+    try:
+        import_openvino()
+    except EnvironmentLacks as error:
+        return Finding("OpenVINO", "unusable", str(error), adds, install)
+    return Finding("OpenVINO", "ok", f"version {installed_version(('openvino',)) or 'unknown'}")
 
 
 def _package_finding(piece: str, module: str, packages: tuple[str, ...], adds: str, extra: str) -> Finding:

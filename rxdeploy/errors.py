@@ -43,6 +43,7 @@ EXTRA_OF_MODULE = {
     "filelock": "build",
     "platformdirs": "build",
     "onnxruntime": "cpu",
+    "openvino": "openvino",
     "matplotlib": "bench",
     "tensorrt_rtx": "rtx",
     "tensorrt": "tensorrt",

@@ -299,8 +299,8 @@ class Pipeline:
             return stage.by_rule(self._network, engine, self.request.precision, self._channels, keep)
         options, flavour = self.request.engine, self._choice.flavour
         draft = self._manifest(self._choice, {}, None, None)
-        device = device_for(draft, flavour, options, self.cache.folder)
         sizes, report = batches(options), self.reporter.progress
+        device = device_for(draft, flavour, options, sizes, self.cache.folder)
         tuning, self._tuning_known = stage.by_measuring(model, device, sizes, draft, code_digest(), self.cache, report)
         return tuning
 

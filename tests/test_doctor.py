@@ -8,6 +8,7 @@ import importlib.util
 import json
 import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,6 +26,7 @@ PIECES = [
     "tensorrt",
     "tensorrt-rtx",
     "ONNX Runtime",
+    "OpenVINO",
     "PyTorch",
     "ONNX",
     "onnx-ir",
@@ -69,6 +71,7 @@ def test_every_piece_is_looked_at() -> None:
         ("ONNX", "onnx", "onnx"),
         ("onnx-ir", "onnx_ir", "onnx-ir"),
         ("safetensors", "safetensors", "safetensors"),
+        ("OpenVINO", "openvino", "openvino"),
     ],
 )
 def test_what_is_here_is_found_with_its_version(piece: str, module: str, distribution: str) -> None:
@@ -107,6 +110,7 @@ def test_tensorrt_rtx_is_tried_out() -> None:
         ("ONNX", "onnx", "pip install 'rxdeploy[build]'"),
         ("onnx-ir", "onnx_ir", "pip install 'rxdeploy[build]'"),
         ("safetensors", "safetensors", "pip install 'rxdeploy[build]'"),
+        ("OpenVINO", "openvino", "pip install 'rxdeploy[openvino]'"),
         ("tensorrt", "tensorrt", "pip install 'rxdeploy[tensorrt]'"),
         ("tensorrt-rtx", "tensorrt_rtx", "pip install 'rxdeploy[rtx]'"),
     ],
@@ -160,6 +164,15 @@ def test_an_onnxruntime_that_does_not_load_is_unusable(monkeypatch: pytest.Monke
     assert finding.state == "unusable"
     assert finding.detail.startswith("does not load: ")
     assert finding.install == "pip install -U onnxruntime"
+
+
+def test_an_openvino_that_does_not_load_is_unusable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "openvino.py").write_text("raise ImportError('libopenvino.so is not there')\n")
+    monkeypatch.delitem(sys.modules, "openvino", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    finding = find("OpenVINO")
+    assert (finding.state, finding.install) == ("unusable", "pip install 'rxdeploy[openvino]'")
+    assert "libopenvino.so is not there" in finding.detail
 
 
 # Driver, GPU, TensorRT

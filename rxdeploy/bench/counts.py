@@ -185,9 +185,10 @@ class _Reading:
         """Elements of the output times the length of the sum behind each."""
         outputs = math.prod(self.shapes[node.output[0]])
         if node.op_type == "Conv":
-            # Of groups that were packed with zeros between them, what the model itself multiplies.
-            merged = _groups(node) // _attribute(node, "group", 1)
-            return outputs * math.prod(self.shapes[node.input[1]][1:]) // merged
+            # What the model itself multiplies, without the zeros that a pass put there.
+            packed = _groups(node) // _attribute(node, "group", 1)
+            terms = math.prod(self.shapes[node.input[1]][1:]) // packed
+            return outputs * int(_noted(node, "rxdeploy.terms") or terms)
         if node.op_type not in _PRODUCTS:
             return 0
         first = self.shapes[node.input[0]]
@@ -232,9 +233,13 @@ class _Reading:
 
 
 def _groups(node: Any) -> int:
-    """The groups of a convolution in the model: those that export/passes/groups.py noted before it packed them."""
-    noted = next((each.value for each in node.metadata_props if each.key == "rxdeploy.groups"), None)
-    return int(noted) if noted else _attribute(node, "group", 1)
+    """The groups of a convolution in the model: also where export/passes/groups.py packed them."""
+    return int(_noted(node, "rxdeploy.groups") or _attribute(node, "group", 1))
+
+
+def _noted(node: Any, key: str) -> str | None:
+    """What a graph pass (export/passes) wrote down of the node as it was."""
+    return next((each.value for each in node.metadata_props if each.key == key), None)
 
 
 def _attribute(node: Any, name: str, default: int) -> int:

@@ -6,6 +6,7 @@ matrix product in it; what cannot be attributed has rows of its own, so that the
 ONNX Runtime: its profile, from a second session. Its names are a node's, or the tensor's that it ends in, with marks of
 what made it: ``_nchwc`` (another layout), ``InsertedPrecisionFreeCast_`` (float16 computed as float32). On a GPU it
 times the enqueuing, so there the kernels that it lists beneath each node are counted, where it was built to list them.
+OpenVINO: the counters of the graph that it made of the model, which say what each of its nodes was made from.
 TensorRT: IProfiler's times, and the inspector's list of the nodes in each layer.
 """
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,8 +27,10 @@ from rxdeploy.bench.measure import timer
 from rxdeploy.bench.samples import sample_images
 from rxdeploy.engines import bundle as bundles
 from rxdeploy.errors import EnvironmentLacks
+from rxdeploy.runtime import openvino
 from rxdeploy.runtime.lanes import PlanEngine
-from rxdeploy.runtime.onnxrt import CPU, CUDA, open_session, run_session
+from rxdeploy.runtime.onnxrt import CPU, CUDA, OnnxEngine, open_session, run_session
+from rxdeploy.runtime.openvino import NodeTime, OpenVinoEngine
 from rxdeploy.runtime.session import Session
 
 LAYOUT, SEVERAL, UNKNOWN, BETWEEN = "layout", "several kinds", "not attributed", "between layers"
@@ -39,6 +42,7 @@ _KERNEL_TIME = "_kernel_time"
 # What ONNX Runtime puts between nodes, by operator, and TensorRT, by the beginning of the layer's type.
 _ONNX_LAYOUT = ("ReorderInput", "ReorderOutput", "Cast", "Transpose", "MemcpyFromHost", "MemcpyToHost")
 _PLAN_LAYOUT = ("Reformat", "NoOp", "Shuffle")
+_OPENVINO_LAYOUT, _OPENVINO_PRODUCTS = "Reorder", ("Convolution", "FullyConnected", "MatMul")
 _TOKEN = re.compile(r"_token_\d+$")
 _METADATA = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
 
@@ -79,11 +83,14 @@ class LayerTimes:
 def layer_times(session: Session, ordinal: int, counts: GraphCounts, batch: int, seconds: float) -> LayerTimes:
     """Profile runs of `batch` images for about `seconds`, and attribute them to the model's nodes.
 
-    `ordinal` is the GPU's number. EnvironmentLacks where the engine tells nothing of its layers.
+    `ordinal` is the GPU's number. An engine that splits a batch over several sessions is profiled as one of them, with
+    its threads and the whole batch. EnvironmentLacks where the engine tells nothing of its layers.
     """
     if isinstance(session.engine, PlanEngine):
         return _plan_times(session.engine, counts, batch, seconds)
-    return _onnx_times(session, ordinal, counts, batch, seconds)
+    if isinstance(session.engine, OpenVinoEngine):
+        return _openvino_times(session, session.engine, counts, batch, seconds)
+    return _onnx_times(session, session.engine, ordinal, counts, batch, seconds)
 
 
 def _runs(seconds: float, a_run: float) -> int:
@@ -96,6 +103,10 @@ def _summary(runs: Sequence[dict[str, float]], totals: Sequence[float]) -> tuple
     names = dict.fromkeys(name for index in faster for name in runs[index])
     means = {name: float(np.mean([runs[index].get(name, 0.0) for index in faster])) for name in names}
     return means, float(np.mean([totals[index] for index in faster]))
+
+
+def _faster_half(runs: Sequence[object]) -> str:
+    return f"mean of the faster half of {len(runs)} runs"
 
 
 @dataclass(frozen=True)
@@ -129,7 +140,9 @@ def _closed(batch: int, runs: int, total: float, method: str, parts: Sequence[_P
 # ONNX Runtime
 
 
-def _onnx_times(session: Session, ordinal: int, counts: GraphCounts, batch: int, seconds: float) -> LayerTimes:
+def _onnx_times(
+    session: Session, engine: OnnxEngine, ordinal: int, counts: GraphCounts, batch: int, seconds: float
+) -> LayerTimes:
     bundle = session.bundle
     images = sample_images(bundle.manifest, batch)
     provider = CPU if session.device == "cpu" else CUDA
@@ -139,6 +152,7 @@ def _onnx_times(session: Session, ordinal: int, counts: GraphCounts, batch: int,
             provider,
             ordinal,
             profile=Path(folder, "profile"),
+            settings=engine.settings,
             integers=bundle.manifest.for_integers,
         )
         feed = {bundle.manifest.inputs[0].name: images}
@@ -150,7 +164,8 @@ def _onnx_times(session: Session, ordinal: int, counts: GraphCounts, batch: int,
     runs = _onnx_runs(events, on_gpu=session.device != "cpu")[-count:]
     means, total = _summary([run.layers for run in runs], [run.seconds for run in runs])
     operators = {name: operator for run in runs for name, operator in run.operators.items()}
-    method = "ONNX Runtime's profile" + (", kernels on the GPU" if session.device != "cpu" else "")
+    kernels = ", kernels on the GPU" if session.device != "cpu" else ""
+    method = f"ONNX Runtime's profile{kernels}; {_faster_half(runs)}"
     names = _OnnxNames(counts, operators)
     return _closed(batch, len(runs), total, method, [names.part(name, seconds) for name, seconds in means.items()])
 
@@ -189,20 +204,25 @@ def _onnx_runs(events: Sequence[dict[str, Any]], on_gpu: bool) -> list[_OnnxRun]
     return runs
 
 
+def _named_nodes(counts: GraphCounts) -> tuple[dict[str, NodeCount], dict[str, NodeCount]]:
+    """The model's nodes by their own names, and by those of the tensors that they make."""
+    by_name = {node.name: node for node in counts.nodes}
+    return by_name, {output: node for node in counts.nodes for output in node.outputs}
+
+
 class _OnnxNames:
     """Which of the model's nodes ONNX Runtime's are."""
 
     def __init__(self, counts: GraphCounts, operators: dict[str, str]) -> None:
         self._operators = operators
-        self._by_name = {node.name: node for node in counts.nodes}
-        self._makers = {output: node for node in counts.nodes for output in node.outputs}
+        self._by_name, self._makers = _named_nodes(counts)
         named = {name: self._named(name) for name in operators}
         self._nodes = {name: node for name, node in named.items() if node is not None}
         # First those whose name says it, then those named after what the product was fused with.
         taken = {node.name for name, node in self._nodes.items() if self._is_product(name) and node.multiply_adds}
         for name, node in self._nodes.items():
             if self._is_product(name) and not node.multiply_adds:
-                product = self._product_before(node, taken)
+                product = _product_before(node, taken, self._makers)
                 if product is not None:
                     self._nodes[name] = product
                     taken.add(product.name)
@@ -227,18 +247,84 @@ class _OnnxNames:
                 return found
         return None
 
-    def _product_before(self, node: NodeCount, taken: set[str]) -> NodeCount | None:
-        """The nearest product, not taken yet, whose result `node` is made from without another product between."""
-        waiting = list(node.inputs)
-        while waiting:
-            maker = self._makers.get(waiting.pop(0))
-            if maker is None:
-                continue
-            if not maker.multiply_adds:
-                waiting += maker.inputs
-            elif maker.name not in taken:
-                return maker
-        return None
+
+def _product_before(node: NodeCount, taken: set[str], makers: dict[str, NodeCount]) -> NodeCount | None:
+    """The nearest product, not taken yet, whose result `node` is made from without another product between."""
+    waiting = list(node.inputs)
+    while waiting:
+        maker = makers.get(waiting.pop(0))
+        if maker is None:
+            continue
+        if not maker.multiply_adds:
+            waiting += maker.inputs
+        elif maker.name not in taken:
+            return maker
+    return None
+
+
+# OpenVINO
+
+
+def _openvino_times(
+    session: Session, engine: OpenVinoEngine, counts: GraphCounts, batch: int, seconds: float
+) -> LayerTimes:
+    """Its counters give the mean of all runs, in whole microseconds; those of the warm-up are taken out again."""
+    bundle = session.bundle
+    images = sample_images(bundle.manifest, batch)
+    model = openvino.of_size(openvino.read_model(bundle.file(bundles.MODEL)), batch)
+    compiled = openvino.compile_model(model, engine.settings, profile=True)
+    requests = openvino.Requests(compiled, 1)
+    timed = timer(lambda: requests.run(images))
+    warm = [timed() for _ in range(_WARM_UP_RUNS)]
+    before = openvino.node_times(compiled)
+    totals = [timed() for _ in range(_runs(seconds, min(warm)))]
+    found, runs, all_runs = openvino.node_times(compiled), len(totals), len(warm) + len(totals)
+    means = {name: (found[name].seconds * all_runs - before[name].seconds * len(warm)) / runs for name in found}
+    nodes = openvino_nodes(found, counts)
+    parts = [
+        _Part(name, _openvino_row(found[name].kind, nodes[name]), max(seconds, 0.0), nodes[name])
+        for name, seconds in means.items()
+        if seconds > 0 or any(node.multiply_adds for node in nodes[name])
+    ]
+    return _closed(batch, runs, float(np.mean(totals)), f"OpenVINO's counters; mean of {runs} runs", parts)
+
+
+def openvino_nodes(found: Mapping[str, NodeTime], counts: GraphCounts) -> dict[str, tuple[NodeCount, ...]]:
+    """The model's nodes in each of OpenVINO's: of a product it alone, as what was fused with it has no time of its own.
+
+    A product may have been given the name of a node that it was fused with alone, as in ONNX Runtime.
+    """
+    by_name, makers = _named_nodes(counts)
+    nodes: dict[str, tuple[NodeCount, ...]] = {}
+    for name, node in found.items():
+        sources = dict.fromkeys(_made_from(source, by_name, makers) for source in node.sources)
+        known = tuple(source for source in sources if source is not None)
+        nodes[name] = tuple(source for source in known if source.multiply_adds) or known
+    taken = {node.name for known in nodes.values() for node in known if node.multiply_adds}
+    for name, known in nodes.items():
+        if found[name].kind in _OPENVINO_PRODUCTS and known and not known[0].multiply_adds:
+            product = _product_before(known[0], taken, makers)
+            if product is not None:
+                nodes[name] = (product,)
+                taken.add(product.name)
+    return nodes
+
+
+def _made_from(source: str, by_name: dict[str, NodeCount], makers: dict[str, NodeCount]) -> NodeCount | None:
+    """The model's node that OpenVINO calls `source`: its name, or its tensor's, with marks of what became of it."""
+    plain = source.removesuffix("_original")
+    while plain:
+        if found := by_name.get(plain) or makers.get(plain):
+            return found
+        plain = plain.rpartition("/")[0]  # fc/WithoutBiases/DequantizationMultiply
+    return None
+
+
+def _openvino_row(kind: str, nodes: Sequence[NodeCount]) -> str:
+    if not nodes and kind == _OPENVINO_LAYOUT:
+        return LAYOUT
+    telling = [node for node in nodes if node.kind != "other"]  # not the Q/DQ nodes beside one
+    return _row(telling or nodes)
 
 
 # TensorRT
@@ -251,7 +337,8 @@ def _plan_times(engine: PlanEngine, counts: GraphCounts, batch: int, seconds: fl
     nodes = plan_nodes(engine.plan.layers())
     by_name = {node.name: node for node in counts.nodes}
     parts = [_plan_part(name, seconds, nodes.get(name), by_name) for name, seconds in means.items()]
-    return _closed(batch, len(runs), total, "TensorRT's profiler and inspector", parts)
+    method = f"TensorRT's profiler and inspector; {_faster_half(runs)}"
+    return _closed(batch, len(runs), total, method, parts)
 
 
 def plan_nodes(inspected: str) -> dict[str, tuple[str, tuple[str, ...]]]:

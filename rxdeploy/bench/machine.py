@@ -12,7 +12,16 @@ from rxdeploy import __version__
 from rxdeploy.engines.flavours import FLAVOURS, installed_version
 from rxdeploy.engines.gpu import find_driver
 
-_PACKAGES = ("numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "cuda-bindings", "tensorrt_lean", "matplotlib")
+_PACKAGES = (
+    "numpy",
+    "onnx",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "openvino",
+    "cuda-bindings",
+    "tensorrt_lean",
+    "matplotlib",
+)
 _CPUINFO = Path("/proc/cpuinfo")
 # Instruction sets that decide a CPU's speed.
 _WIDE = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_fp16", "amx_int8")

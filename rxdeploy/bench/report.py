@@ -182,7 +182,7 @@ def layers_table(bench: Benchmark, times: LayerTimes) -> Table:
         )
     table.add_section()
     table.add_row("all", "", _number(times.total * 1e3), "100.0%", "100.0%", "", "")
-    table.caption = f"{times.method}; mean of the faster half of {times.runs} runs"
+    table.caption = times.method
     return table
 
 

@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from rxdeploy.engines import bundle as bundles
-from rxdeploy.engines.bundle import Bundle
+from rxdeploy.engines.bundle import Bundle, CpuSettings
 from rxdeploy.engines.gpu import find_driver
 from rxdeploy.errors import CheckFailed, EnvironmentLacks, first_line, missing_module
 from rxdeploy.runtime.arrays import Array, DeviceView, part_of
 from rxdeploy.runtime.batching import Closed
 from rxdeploy.runtime.cuda import DeviceArray, Gpu
+from rxdeploy.runtime.denormals import opened
+from rxdeploy.runtime.shares import LARGEST, Compute, Shares, callers_at_once
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _PROVIDERS = {"cpu": CPU, "cuda": CUDA}
-# Images that are computed at once; of more, the activations take memory and, on a CPU, time: they leave its caches.
-_SMALL = 200_000_000  # multiply-adds an image; the digits model has 18 million, ResNeXt-50 4230 million
-_MOST_WORKERS = 8
-_LARGEST = {"cpu": 64, "cuda": 256}
+# Images that are computed at once; of more, the activations take memory.
+_LARGEST = {"cpu": LARGEST, "cuda": 256}
 
 # TF32 would round float32 convolutions to 10 bits of mantissa, which is no float32 any more.
 _PROVIDER_OPTIONS: dict[str, dict[str, str]] = {CPU: {}, CUDA: {"use_tf32": "0"}}
@@ -32,7 +33,7 @@ _PROVIDER_OPTIONS: dict[str, dict[str, str]] = {CPU: {}, CUDA: {"use_tf32": "0"}
 
 def available_providers() -> list[str]:
     """CPU, and CUDA where this ONNX Runtime has it and there is a GPU; whether it starts, only a session tells."""
-    here = _onnxruntime().get_available_providers()
+    here = import_onnxruntime().get_available_providers()
     return [CPU] if CUDA not in here or find_driver().problem else [CPU, CUDA]
 
 
@@ -41,12 +42,12 @@ def open_session(
     provider: str = CPU,
     ordinal: int = 0,
     profile: Path | None = None,
-    threads: int = 0,
+    settings: CpuSettings | None = None,
     integers: bool = True,
 ) -> Any:
     """An `onnxruntime.InferenceSession` on one provider.
 
-    `ordinal` is the GPU's number; `threads` compute a node together (0: one a core); with `profile`, ONNX Runtime
+    `ordinal` is the GPU's number; of `settings`, what one session has is followed; with `profile`, ONNX Runtime
     writes its profile to a file beginning so. Without `integers`, Q/DQ nodes round and everything between them is
     computed in floating point, which is what a model quantised for TensorRT means: ONNX Runtime's own integer kernels
     saturate on signed activations where a CPU has no VNNI.
@@ -54,7 +55,7 @@ def open_session(
     EnvironmentLacks when the provider is not here: ONNX Runtime itself would fall back to the CPU without a
     word. CheckFailed when it cannot load the model.
     """
-    ort = _onnxruntime()
+    ort = import_onnxruntime()
     if provider not in ort.get_available_providers():
         raise EnvironmentLacks(f"this ONNX Runtime has no {provider}; pip install 'rxdeploy[gpu]' adds CUDA's")
     if provider == CUDA:
@@ -62,18 +63,19 @@ def open_session(
             raise EnvironmentLacks(f"ONNX Runtime's {provider} needs a GPU: {problem}")
         if hasattr(ort, "preload_dlls"):
             ort.preload_dlls()  # the CUDA libraries that came as Python packages
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 4  # what it cannot do is an exception or seen below
+    settings = settings or CpuSettings()
+    options = _options(ort, settings)
     if not integers:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
     provider_options = _PROVIDER_OPTIONS[provider] | ({"device_id": str(ordinal)} if provider == CUDA else {})
     source = model if isinstance(model, bytes) else str(model)
+    # Its fallback would go on with another provider, now or after a failed run, and say so on stdout.
+    providers: dict[str, Any] = {"providers": [(provider, provider_options)], "enable_fallback": 0}
+    create = partial(ort.InferenceSession, source, options, **providers)
     try:
-        # Its fallback would go on with another provider, now or after a failed run, and say so on stdout.
-        session = ort.InferenceSession(source, options, providers=[(provider, provider_options)], enable_fallback=0)
+        session = opened(create, settings.denormals_as_zero)
     except Exception as error:  # ONNX Runtime's exceptions share no base of their own
         if provider == CUDA and type(error).__name__ == "EPFail":
             raise EnvironmentLacks(f"ONNX Runtime's {provider} does not start here: {first_line(error)}") from None
@@ -87,6 +89,18 @@ def open_session(
     return session
 
 
+def _options(ort: Any, settings: CpuSettings) -> Any:
+    options = ort.SessionOptions()
+    options.log_severity_level = 4  # what it cannot do is an exception or seen by `open_session`
+    options.intra_op_num_threads = settings.threads
+    options.enable_cpu_mem_arena = settings.arena
+    if not settings.spinning:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if settings.denormals_as_zero:
+        options.add_session_config_entry("session.set_denormal_as_zero", "1")
+    return options
+
+
 def run_session(session: Any, names: list[str], feed: dict[str, NDArray]) -> list[NDArray]:
     """The named outputs of a session; CheckFailed with ONNX Runtime's first line when it cannot compute them."""
     try:
@@ -96,42 +110,41 @@ def run_session(session: Any, names: list[str], feed: dict[str, NDArray]) -> lis
 
 
 class OnnxEngine:
-    """A bundle's model on ONNX Runtime: `run` and `map` for arrays that were checked already. Thread-safe."""
+    """A bundle's model on ONNX Runtime: `run` and `map` for arrays that were checked already. Thread-safe.
 
-    def __init__(self, bundle: Bundle, device: Literal["cpu", "cuda"], ordinal: int = 0, threads: int = 0) -> None:
+    `settings` are for a CPU.
+    """
+
+    def __init__(
+        self, bundle: Bundle, device: Literal["cpu", "cuda"], ordinal: int = 0, settings: CpuSettings | None = None
+    ) -> None:
         manifest = bundle.manifest
         self.device = device
         self.largest = _LARGEST[device]
         self.gpu = _gpu(ordinal) if device == "cuda" else None
+        self.settings = (settings or CpuSettings()) if device == "cpu" else CpuSettings()
         self._ordinal = ordinal
         self._input, self._classes = manifest.inputs[0].name, manifest.num_classes
         self._bundle = bundle
-        self._session = open_session(
-            bundle.file(bundles.MODEL), _PROVIDERS[device], ordinal, threads=threads, integers=manifest.for_integers
-        )
+        # Without threads of its own a session computes on as many as call it.
+        count = 1 if self.settings.threads == 1 else self.settings.sessions
+        sessions = [self._session() for _ in range(count)]
+        computes = [self._compute(sessions[n % count]) for n in range(self.settings.sessions)]
+        self._held: tuple[Shares, Any] | None = Shares(computes, self.largest, self._classes), sessions[0]
         where = find_driver().gpus[ordinal].name if device == "cuda" else "CPU"
-        self.description = f"ONNX Runtime {_onnxruntime().__version__} on {where}"
+        self.description = f"ONNX Runtime {import_onnxruntime().__version__} on {where}"
 
     def run(self, images: Array, out: Array | None, stream: int | None) -> NDArray[np.float32] | DeviceArray | None:
         """Logits of `images`; into `out` when given, and then that is not returned. Complete on return."""
-        session = self._open()
+        shares, session = self._open()
         if isinstance(images, DeviceView) or isinstance(out, DeviceView):
             return self._run_bound(session, images, out, stream)
-        if out is None and len(images) <= self.largest:
-            return run_session(session, ["logits"], {self._input: images})[0]
-        result = np.empty((len(images), self._classes), np.float32) if out is None else out
-        for begin in range(0, len(images), self.largest):
-            part = slice(begin, begin + self.largest)
-            np.copyto(result[part], run_session(session, ["logits"], {self._input: images[part]})[0])
-        return result if out is None else None
+        return shares.run(images, out)
 
     def map(self, batches: Iterable[NDArray]) -> Iterator[tuple[NDArray[np.float32], float | None]]:
         """Logits of each of many host batches, in order, and the seconds that each took."""
         for images in batches:
-            begin = time.perf_counter()
-            logits = self.run(images, None, None)
-            assert isinstance(logits, np.ndarray)  # host in, host out
-            yield logits, time.perf_counter() - begin
+            yield self._open()[0].timed(images)
 
     def prepare(self, sizes: Iterable[int]) -> None:
         """ONNX Runtime has nothing to prepare."""
@@ -142,20 +155,29 @@ class OnnxEngine:
         On a CPU, the threads of ONNX Runtime wait for each other after every node, which for a small model takes longer
         than the node: there, every core computes a batch of its own (benchmarks/serving.py).
         """
-        small = self._bundle.manifest.counts.multiply_adds < _SMALL
-        cores = len(os.sched_getaffinity(0))
-        if self.device == "cpu" and small and cores > 1:
-            return OnnxEngine(self._bundle, "cpu", threads=1), min(cores, _MOST_WORKERS)
-        return self, 1
+        callers = callers_at_once(self._bundle.manifest) if self.device == "cpu" else 1
+        if callers == 1:
+            return self, 1
+        settings = msgspec.structs.replace(self.settings, threads=1, sessions=1)
+        return OnnxEngine(self._bundle, "cpu", settings=settings), callers
 
     def close(self) -> None:
-        """Drop ONNX Runtime's session; calls that are running end first, as they hold it too."""
-        self._session = None
+        """Drop ONNX Runtime's sessions; calls that are running end first, as they hold them too."""
+        held, self._held = self._held, None
+        if held is not None:
+            held[0].close()
 
-    def _open(self) -> Any:
-        if (session := self._session) is None:
+    def _open(self) -> tuple[Shares, Any]:
+        if (held := self._held) is None:
             raise Closed("the session is closed; load the bundle again")
-        return session
+        return held
+
+    def _session(self) -> Any:
+        model, integers = self._bundle.file(bundles.MODEL), self._bundle.manifest.for_integers
+        return open_session(model, _PROVIDERS[self.device], self._ordinal, settings=self.settings, integers=integers)
+
+    def _compute(self, session: Any) -> Compute:
+        return lambda images: run_session(session, ["logits"], {self._input: images})[0]
 
     def _run_bound(self, session: Any, images: Array, out: Array | None, stream: int | None) -> DeviceArray | None:
         assert self.gpu is not None  # the caller saw to it
@@ -196,7 +218,13 @@ def _gpu(ordinal: int) -> Gpu | None:
         return None
 
 
-def _onnxruntime() -> Any:
+def import_onnxruntime() -> Any:
+    """The module onnxruntime; EnvironmentLacks, with the command that installs it, where it is not.
+
+    Its newer wheels send telemetry to Microsoft and keep an identifier in the home directory, unless told not to before
+    they are imported (docs/Privacy.md of ONNX Runtime). Who has set the variable is left alone.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime
     except ModuleNotFoundError as error:

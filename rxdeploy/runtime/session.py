@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from rxdeploy.errors import CheckFailed, EnvironmentLacks, InputError, RxDeployE
 from rxdeploy.runtime import arrays
 from rxdeploy.runtime.arrays import Array, DeviceView
 from rxdeploy.runtime.batching import Batcher, Batching, Closed
+from rxdeploy.runtime.cpu import ENGINES, CpuEngine, open_cpu_engine
 from rxdeploy.runtime.cuda import LEGACY_STREAM, DeviceArray, Gpu
 from rxdeploy.runtime.inputs import Inputs
 from rxdeploy.runtime.lanes import PlanEngine
@@ -33,7 +35,7 @@ from rxdeploy.runtime.metrics import Metrics
 from rxdeploy.runtime.onnxrt import OnnxEngine
 from rxdeploy.runtime.preprocess import open_rgb, transform
 
-Engine = OnnxEngine | PlanEngine
+Engine = CpuEngine | PlanEngine
 
 _FILES_AT_ONCE = {"cpu": 8, "cuda": 32, "tensorrt": 32}  # on a CPU more gains nothing, and the first come later
 _LARGEST_DEFAULT = 32  # images that `submit` puts together where `Batching` does not say
@@ -66,8 +68,10 @@ def load(
 ) -> Session:
     """Open the bundle at `path`, check every digest, and get it ready to run.
 
-    `device`: "tensorrt" runs the bundle's plan, "cuda" and "cpu" run model.onnx on ONNX Runtime; "tensorrt:1" is
-    the second GPU. "auto" takes the first of these that works here, and `Session.description` says which.
+    `device`: "tensorrt" runs the bundle's plan, "cuda" runs model.onnx on ONNX Runtime, "cpu" on the engine that the
+    bundle was tuned to, or else ONNX Runtime or OpenVINO, whichever is installed; "onnxruntime" and "openvino" are the
+    CPU with that engine; "tensorrt:1" is the second GPU. "auto" takes the first of tensorrt, cuda and cpu that works
+    here, and `Session.description` says which.
     `labels` is a text file with one class name a line, used instead of the bundle's own names. `batching` is for
     `Session.submit`. InputError for a bundle that is none or was altered; EnvironmentLacks, with the reason, for a
     device that is not possible here.
@@ -184,7 +188,8 @@ class Session:
     def prepare(self, sizes: Iterable[int]) -> None:
         """Let the first real call with each of these batch sizes be as fast as the later ones.
 
-        On a GPU this compiles, measures and captures what each size needs; on a CPU there is nothing to do.
+        On a GPU this compiles, measures and captures what each size needs; OpenVINO compiles the model for each size,
+        which makes it faster and takes memory; ONNX Runtime has nothing to do.
         """
         self._check_open()
         sizes = list(sizes)
@@ -458,10 +463,14 @@ class _Decoders:
 
 
 def parse_device(device: str) -> tuple[str, int]:
-    """("auto" | "tensorrt" | "cuda" | "cpu", number of the GPU) of a device's name, "cuda:1" say."""
+    """(kind, number of the GPU) of a device's name: ("cuda", 1) of "cuda:1"."""
     kind, colon, number = str(device).partition(":")
-    if kind not in ("auto", "tensorrt", "cuda", "cpu") or (colon and (kind == "cpu" or not number.isdecimal())):
-        raise InputError(f"device {device!r}: must be auto, tensorrt, cuda or cpu; a GPU's number may follow: cuda:1")
+    of_gpu = kind not in ("cpu", *ENGINES)
+    if kind not in ("auto", "tensorrt", "cuda", "cpu", *ENGINES) or (colon and not (of_gpu and number.isdecimal())):
+        raise InputError(
+            f"device {device!r}: must be auto, tensorrt, cuda, cpu, onnxruntime or openvino; a GPU's number may "
+            "follow: cuda:1"
+        )
     return kind, int(number or 0)
 
 
@@ -471,11 +480,12 @@ def _open(bundle: Bundle, device: str) -> tuple[Engine, tuple[str, ...]]:
     openers: dict[str, Callable[[], Engine]] = {
         "tensorrt": lambda: PlanEngine(bundle, Gpu(ordinal)),
         "cuda": lambda: OnnxEngine(bundle, "cuda", ordinal),
-        "cpu": lambda: OnnxEngine(bundle, "cpu"),
+        "cpu": lambda: open_cpu_engine(bundle),
     }
+    of_cpu = {name: partial(open_cpu_engine, bundle, engine=name) for name in ENGINES}
     if kind != "auto":
         try:
-            return openers[kind](), ()
+            return (openers | of_cpu)[kind](), ()
         except EnvironmentLacks as error:
             raise EnvironmentLacks(f"device {device} is not possible here: {error}") from None
     passed_over: list[str] = []

@@ -88,10 +88,13 @@ def _opened(manifest: Manifest, files: dict[str, bytes], device: str) -> Iterato
 
 
 class CpuDevice:
-    """This machine's CPU, with the engines that are installed for it. `manifest` is of the bundle to be."""
+    """This machine's CPU, with the engines that are installed for it.
 
-    def __init__(self, manifest: Manifest) -> None:
-        self._manifest = manifest
+    `manifest` is of the bundle to be; `sizes` are the batch sizes that its engine is to be ready for.
+    """
+
+    def __init__(self, manifest: Manifest, sizes: tuple[int, ...]) -> None:
+        self._manifest, self._sizes = manifest, sizes
         self.name = f"{processor()}, {cores()} cores"
         here = {"onnxruntime": installed_version(("onnxruntime", "onnxruntime-gpu")), "openvino": _openvino(manifest)}
         self._versions = {name: version for name, version in here.items() if version}
@@ -101,9 +104,16 @@ class CpuDevice:
     def open(self, model: bytes, engine: str, settings: CpuSettings | None = None) -> Iterator[Opened]:
         settings = settings or CpuSettings(engine=engine)  # type: ignore[arg-type]
         tuning = Tuning(
-            tuned=True, device=self.name, cores=cores(), versions=self._versions, batch=(), groups={}, passes=(),
-            cpu=settings, report={},
-        )  # fmt: skip
+            tuned=True,
+            device=self.name,
+            cores=cores(),
+            versions=self._versions,
+            batch=self._sizes,
+            groups={},
+            passes=(),
+            cpu=settings,
+            report={},
+        )
         manifest = msgspec.structs.replace(self._manifest, tuning=tuning)
         with _opened(manifest, {bundles.MODEL: model}, "cpu") as found:
             yield found

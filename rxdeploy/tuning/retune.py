@@ -47,7 +47,7 @@ def tune(path: Path, output: Path | None, sizes: Sequence[int] | None, cache: Ca
     least, most = manifest.inputs[0].batch or (1, MAX_BATCH)
     if not least <= chosen[0] <= chosen[-1] <= most:
         raise InputError(f"--batch {','.join(map(str, chosen))}: the bundle's plan takes {least} to {most}")
-    device = device_for(manifest, flavour, options, cache.folder)
+    device = device_for(manifest, flavour, options, chosen, cache.folder)
     base = unpack(ir.load(bundle.file(bundles.MODEL)))
     reporter.started("tune")
     tuning, _ = stage.by_measuring(lambda: base, device, chosen, manifest, code_digest(), cache, reporter.progress)
@@ -64,10 +64,12 @@ def tune(path: Path, output: Path | None, sizes: Sequence[int] | None, cache: Ca
     return bundles.write_bundle(output, _tuned(manifest, tuning, facts, checked), files, overwrite=False)
 
 
-def device_for(manifest: Manifest, flavour: Flavour | None, options: EngineOptions, cache: Path) -> Device:
+def device_for(
+    manifest: Manifest, flavour: Flavour | None, options: EngineOptions, sizes: tuple[int, ...], cache: Path
+) -> Device:
     """Where the bundle is to be fast: the GPU for a plan, else the CPU. EnvironmentLacks when there is none."""
     if flavour is None:
-        return CpuDevice(manifest)
+        return CpuDevice(manifest, sizes)
     if problem := find_driver().problem:
         raise EnvironmentLacks(
             f"tuning a plan needs the GPU that it is for: {problem}; build without --tune, and run "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -51,6 +52,32 @@ def test_the_product_runs_on_the_engine_that_runs_the_model(
     assert {(provider, shape, dtype) for provider, _, shape, dtype in ran} == {
         ("CPUExecutionProvider", (32, 32), np.dtype(np.float32))
     }
+
+
+@pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="OpenVINO is not installed")
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", np.float32), ("fp16", np.float16)])
+def test_floats_for_openvino_are_multiplied_by_openvino(
+    bundle: Bundles, quick: None, monkeypatch: pytest.MonkeyPatch, precision: Any, dtype: type
+) -> None:
+    from rxdeploy.runtime import openvino
+
+    ran, real = [], openvino.Requests.run
+
+    def run(self: openvino.Requests, matrix: Any) -> Any:
+        found = real(self, matrix)
+        ran.append((matrix.shape, matrix.dtype, found.dtype))
+        expected = matrix.astype(np.float64) @ peaks._matrix(32, np.dtype(dtype)).astype(np.float64)
+        np.testing.assert_allclose(found, expected, atol=1e-4 if precision == "fp32" else 2e-2)
+        return found
+
+    monkeypatch.setattr(openvino.Requests, "run", run)
+    monkeypatch.setattr(peaks, "open_session", lambda *_: pytest.fail("ONNX Runtime multiplied"))
+    with load(bundle(precision), "openvino") as opened, Prober(opened, 0) as prober:
+        found = prober.measure()
+    assert len(ran) >= 3 and set(ran) == {((32, 32), np.dtype(dtype), np.dtype(dtype))}
+    assert found.compute.value and found.compute.how.startswith(
+        f"best of several 32 x 32 x 32 products in {precision} on OpenVINO"
+    )
 
 
 def test_rates_are_operations_and_bytes_over_the_fastest_time(

@@ -28,6 +28,19 @@ FILES = {
 }
 
 
+TUNING = bundles.Tuning(
+    tuned=True,
+    device="Some CPU",
+    cores=2,
+    versions={"openvino": "2026.4.1"},
+    batch=(1, 8),
+    groups={"layer1.0.conv2": 16},
+    passes=("pack",),
+    cpu=bundles.CpuSettings(engine="openvino", threads=1, sessions=2, denormals_as_zero=True),
+    report={"gains": [{"what": "groups", "ratio": 0.8}]},
+)
+
+
 def make_manifest(**changes: Any) -> Manifest:
     facts: dict[str, Any] = {
         "schema": 1,
@@ -105,6 +118,28 @@ def test_what_was_written_is_read_back(tmp_path: Path) -> None:
         files={name: bundles.FileDigest(hashlib.sha256(data).hexdigest(), len(data)) for name, data in FILES.items()},
     )
     assert opened.manifest == expected
+
+
+@pytest.mark.parametrize("cpu", [TUNING.cpu, bundles.CpuSettings(spinning=False, arena=False), None])
+def test_a_tuning_is_read_back(tmp_path: Path, cpu: bundles.CpuSettings | None) -> None:
+    tuning = msgspec.structs.replace(TUNING, cpu=cpu)
+    written = write(tmp_path / "it", tuning=tuning)
+    assert open_bundle(written.path).manifest.tuning == tuning
+    assert json.loads((written.path / "manifest.json").read_text())["tuning"]["batch"] == [1, 8]
+
+
+def test_a_bundle_from_before_there_was_tuning(path: Path) -> None:
+    edit(path, lambda manifest: manifest.pop("tuning"))
+    assert open_bundle(path).manifest.tuning is None
+
+
+@pytest.mark.parametrize("wrong", [{"engine": "tflite"}, {"threads": "2"}, {"spinning": 1}, {"sessions": None}])
+def test_settings_that_are_none(path: Path, wrong: dict[str, Any]) -> None:
+    tuning = msgspec.to_builtins(TUNING)
+    tuning["cpu"] |= wrong
+    edit(path, lambda manifest: manifest.update(tuning=tuning))
+    with pytest.raises(InputError, match=rf"damaged: .*tuning\.cpu\.{next(iter(wrong))}"):
+        open_bundle(path)
 
 
 def test_the_manifest_is_plain_readable_json(path: Path) -> None:
@@ -383,10 +418,13 @@ def test_a_schema_that_never_was(path: Path, schema: Any) -> None:
         ("counts",),
         ("inputs", 0),
         ("outputs", 0),
+        ("tuning",),
+        ("tuning", "cpu"),
     ],
     ids=lambda place: ".".join(map(str, place)) or "top",
 )
 def test_unknown_keys_are_tolerated(path: Path, place: tuple[str | int, ...]) -> None:
+    edit(path, lambda manifest: manifest.update(tuning=msgspec.to_builtins(TUNING)))
     before = open_bundle(path).manifest
 
     def add(manifest: dict[str, Any]) -> None:

@@ -580,7 +580,7 @@ def test_cuda_without_a_gpu_is_not_tried(
 
 
 def test_a_device_that_is_none(digits_bundle: Bundles) -> None:
-    with pytest.raises(InputError, match="device 'tpu': must be auto, tensorrt, cuda or cpu"):
+    with pytest.raises(InputError, match="device 'tpu': must be auto, tensorrt, cuda, cpu, onnxruntime or openvino"):
         runtime.load(digits_bundle(), "tpu")
 
 
@@ -588,7 +588,8 @@ def test_without_onnxruntime_the_error_says_what_to_install(
     digits_bundle: Bundles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = digits_bundle()
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    for engine in ("onnxruntime", "openvino"):
+        monkeypatch.setitem(sys.modules, engine, None)
     with pytest.raises(EnvironmentLacks, match=r"pip install 'rxdeploy\[cpu\]'"):
         runtime.load(bundle)
 

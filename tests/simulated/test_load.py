@@ -327,7 +327,7 @@ def test_devices_that_are_not_here(bundle_with_plan: Bundles, device: str, text:
 
 @pytest.mark.parametrize("device", ["gpu", "tensorrt:", "tensorrt:-1", "tensorrt:x", "tensorrt:1:2", "cpu:0", ""])
 def test_devices_that_are_none(bundle_with_plan: Bundles, device: str) -> None:
-    with pytest.raises(InputError, match="must be auto, tensorrt, cuda or cpu"):
+    with pytest.raises(InputError, match="must be auto, tensorrt, cuda, cpu, onnxruntime or openvino"):
         rxdeploy.load(bundle_with_plan(profiles=PROFILES), device)
 
 

@@ -1,8 +1,7 @@
 """Graph pass: grouped convolutions as ones of fewer, wider groups, with zeros between what was apart; and back.
 
 It computes the same with more multiply-adds. An engine multiplies one small matrix a group, and a matrix of 4 columns
-fills neither vector registers nor dot products. How wide is best differs between engines, precisions and layers
-(docs/passes.md has what was measured).
+fills neither vector registers nor dot products. How wide is best differs between engines, precisions and layers.
 """
 
 from __future__ import annotations
@@ -14,11 +13,11 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from rxdeploy.errors import CheckFailed, InputError
+from rxdeploy.errors import InputError
+from rxdeploy.export.passes import weights
 
 GROUPS = "rxdeploy.groups"  # in the metadata of a packed node: the groups of the model itself
 WIDTHS = (8, 16, 32, 64)  # channels a group worth a try: a vector register holds 4 to 64 numbers
-_PASSING = ("Cast", "Identity", "QuantizeLinear", "DequantizeLinear")  # between a weight and its convolution
 
 
 @dataclass(frozen=True)
@@ -87,10 +86,7 @@ def _groups(node: ir.Node) -> int:
 
 
 def _own(node: ir.Node) -> Grouped:
-    weight = _to_weight(node)[-1]
-    if weight.shape is None or not isinstance(inner := weight.shape[1], int):
-        raise CheckFailed(f"{node.name}: its weight {weight.name} has no known shape")
-    channels = inner * _groups(node)
+    channels = weights.shape(node)[1] * _groups(node)
     return Grouped.of(int(node.metadata_props.get(GROUPS, _groups(node))), channels)
 
 
@@ -100,14 +96,8 @@ def _set_width(node: ir.Node, channels: int) -> None:
     left = own.groups // _together(own.groups, own.width, channels)
     if left == now:
         return
-    weight, fill = _stored(node)
-    assert weight.const_value is not None
-    array = weight.const_value.numpy()
-    array = _joined(_split(array, own.groups, now), own.groups, left, fill)
-    weight.const_value = ir.tensor(array, name=weight.name)
-    for value in _to_weight(node):
-        if value.shape is not None:
-            value.shape = ir.Shape(array.shape)
+    array, zero = weights.stored(node)
+    weights.store(node, _joined(_split(array, own.groups, now), own.groups, left, zero))
     node.attributes["group"] = ir.AttrInt64("group", left)
     if left == own.groups:
         del node.metadata_props[GROUPS]
@@ -120,12 +110,12 @@ def _together(groups: int, width: int, channels: int) -> int:
     return max(n for n in range(1, groups + 1) if groups % n == 0 and (n == 1 or n * width <= channels))
 
 
-def _joined(weight: NDArray, groups: int, left: int, fill: NDArray) -> NDArray:
-    """Block-diagonal: each output channel reads its own old group's inputs, of the new group's, and `fill`."""
+def _joined(weight: NDArray, groups: int, left: int, zero: NDArray) -> NDArray:
+    """Block-diagonal: each output channel reads its own old group's inputs, of the new group's, and zeros."""
     out, width = weight.shape[:2]
     together = groups // left
     wide = np.empty((out, together, *weight.shape[1:]), weight.dtype)
-    wide[:] = fill.reshape(-1, 1, 1, 1, 1)
+    wide[:] = zero.reshape(-1, 1, 1, 1, 1)
     wide[np.arange(out), _place(out, groups, together)] = weight
     return wide.reshape(out, together * width, *weight.shape[2:])
 
@@ -140,34 +130,3 @@ def _split(weight: NDArray, groups: int, now: int) -> NDArray:
 def _place(out: int, groups: int, together: int) -> NDArray[np.intp]:
     """For each output channel, which of the old groups in its new one is its own."""
     return np.arange(out) // (out // groups) % together
-
-
-def _stored(node: ir.Node) -> tuple[ir.Value, NDArray]:
-    """The constant behind `node`'s weight, and what stands for zero in it, one number or one an output channel."""
-    *_, weight = values = _to_weight(node)
-    if weight.const_value is None or any(len(value.uses()) != 1 for value in values):
-        raise CheckFailed(f"{node.name}: its weight {weight.name} is no constant that it alone reads")
-    dtype = weight.const_value.numpy().dtype
-    readers = [producer for value in values if (producer := value.producer()) and producer.op_type.endswith("Linear")]
-    for reader in readers:
-        axis, scale = reader.attributes.get("axis"), _input(reader, 1)
-        if scale.const_value is None or (scale.const_value.size > 1 and (axis is None or axis.as_int() != 0)):
-            raise CheckFailed(f"{node.name}: the scales of its weight {weight.name} are not one an output channel")
-    zero_point = readers[-1].inputs[2:3] if readers and readers[-1].op_type == "DequantizeLinear" else ()
-    if not zero_point or zero_point[0] is None or zero_point[0].const_value is None:
-        return weight, np.zeros(1, dtype)
-    return weight, zero_point[0].const_value.numpy()
-
-
-def _to_weight(node: ir.Node) -> list[ir.Value]:
-    """What `node` reads as its weight, and what that was made from, down to the constant."""
-    values = [_input(node, 1)]
-    while (producer := values[-1].producer()) is not None and producer.op_type in _PASSING:
-        values.append(_input(producer, 0))
-    return values
-
-
-def _input(node: ir.Node, index: int) -> ir.Value:
-    value = node.inputs[index]
-    assert value is not None, f"{node.name} has no input {index}"
-    return value
