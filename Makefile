@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test cpp-test lint bench clean
 
 setup: $(STAMP)
 
@@ -19,6 +19,10 @@ demo: setup
 test: setup
 	$(BIN)/pytest
 
+# Needs Debian's cmake g++ nlohmann-json3-dev libssl-dev libgtest-dev pkg-config. TENSORRT=DIR compiles that backend too.
+cpp-test: setup
+	sh cpp/test.sh $(abspath $(BIN))/python
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -32,4 +36,4 @@ bench: setup
 	$(BIN)/python benchmarks/serving.py
 
 clean:
-	rm -rf $(VENV) demo build dist *.egg-info
+	rm -rf $(VENV) cpp/build demo build dist *.egg-info

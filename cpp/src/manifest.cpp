@@ -1,0 +1,387 @@
+#include "manifest.h"
+
+#include <cstdio>
+#include <initializer_list>
+#include <limits>
+#include <nlohmann/json.hpp>
+#include <optional>
+
+#include "digest.h"
+#include "error.h"
+
+namespace rx {
+namespace {
+
+using nlohmann::json;
+
+const std::string UNSEALED(64, '0');
+constexpr int DEEPEST = 200;  // no manifest is nested as deep as this
+
+// Says what is wrong with the manifest, in the words of the Python runtime's reader.
+struct Damaged {
+    std::string reason;
+};
+
+// A value and where it lies. Every way to read it throws Damaged when it is something else.
+class Part {
+  public:
+    Part(const json &value, std::string path) : value_(value), path_(std::move(path)) {}
+
+    bool is_null() const { return value_.is_null(); }
+    bool has(const char *key) const { return value_.contains(key); }
+    bool is_object() const { return value_.is_object(); }
+
+    // A key of an object, which must be there.
+    Part operator[](const char *key) const {
+        object();
+        if (!value_.contains(key)) damaged("Object missing required field `" + std::string(key) + "`");
+        return {value_.at(key), path_ + "." + key};
+    }
+
+    const Part &object(const char *expected = "object") const { return expect(value_.is_object(), expected); }
+
+    const Part &only(std::initializer_list<const char *> keys) const {
+        object();
+        for (const auto &item : value_.items()) {
+            bool known = false;
+            for (const char *key : keys) known = known || item.key() == key;
+            if (!known) damaged("Object contains unknown field `" + printable(item.key()) + "`");
+        }
+        return *this;
+    }
+
+    std::string text(const char *expected = "str") const {
+        expect(value_.is_string(), expected);
+        return value_.get<std::string>();
+    }
+
+    std::optional<std::string> text_or_null() const {
+        return is_null() ? std::nullopt : std::optional(text("str | null"));
+    }
+
+    std::string one_of(std::initializer_list<const char *> values) const {
+        const std::string found = text();
+        for (const char *value : values)
+            if (found == value) return found;
+        damaged("Invalid enum value '" + printable(found) + "'");
+    }
+
+    bool boolean() const {
+        expect(value_.is_boolean(), "bool");
+        return value_.get<bool>();
+    }
+
+    std::int64_t integer(std::int64_t least = std::numeric_limits<std::int64_t>::min(),
+                         std::int64_t most = std::numeric_limits<std::int64_t>::max(),
+                         const char *expected = "int") const {
+        expect(value_.is_number_integer(), expected);
+        constexpr auto LARGEST = std::numeric_limits<std::int64_t>::max();
+        const bool large = value_.is_number_unsigned() && value_.get<std::uint64_t>() > std::uint64_t(LARGEST);
+        const std::int64_t found = large ? LARGEST : value_.get<std::int64_t>();
+        if (found < least) damaged("Expected `int` >= " + std::to_string(least));
+        if (found > most || large) damaged("Expected `int` <= " + std::to_string(most));
+        return found;
+    }
+
+    double number(const char *expected = "float") const {
+        expect(value_.is_number(), expected);
+        return value_.get<double>();
+    }
+
+    double number(double least, double most, const char *least_text, const char *most_text) const {
+        const double found = number();
+        if (!(found >= least)) damaged(std::string("Expected `float` >= ") + least_text);
+        if (!(found <= most)) damaged(std::string("Expected `float` <= ") + most_text);
+        return found;
+    }
+
+    std::vector<Part> array(const char *expected = "array") const {
+        expect(value_.is_array(), expected);
+        std::vector<Part> parts;
+        for (std::size_t i = 0; i < value_.size(); ++i)
+            parts.emplace_back(value_[i], path_ + "[" + std::to_string(i) + "]");
+        return parts;
+    }
+
+    std::vector<Part> array_of(std::size_t length, const char *expected = "array") const {
+        std::vector<Part> parts = array(expected);
+        if (parts.size() != length)
+            damaged("Expected `array` of length " + std::to_string(length) + ", got " + std::to_string(parts.size()));
+        return parts;
+    }
+
+    std::vector<std::pair<std::string, Part>> items() const {
+        object();
+        std::vector<std::pair<std::string, Part>> parts;
+        for (const auto &item : value_.items()) parts.emplace_back(item.key(), Part(item.value(), path_ + "[...]"));
+        return parts;
+    }
+
+    [[noreturn]] void damaged(const std::string &reason) const {
+        throw Damaged{path_ == "$" ? reason : reason + " - at `" + path_ + "`"};
+    }
+
+  private:
+    const Part &expect(bool right, const char *expected) const {
+        if (!right) damaged(std::string("Expected `") + expected + "`, got `" + kind() + "`");
+        return *this;
+    }
+
+    const char *kind() const {
+        switch (value_.type()) {
+            case json::value_t::null: return "null";
+            case json::value_t::boolean: return "bool";
+            case json::value_t::string: return "str";
+            case json::value_t::array: return "array";
+            case json::value_t::object: return "object";
+            case json::value_t::number_float: return "float";
+            default: return "int";
+        }
+    }
+
+    const json &value_;
+    std::string path_;
+};
+
+Tensor read_tensor(const Part &part) {
+    Tensor tensor{part["name"].text(), part["dtype"].text(), part["layout"].text(), {}};
+    for (const Part &side : part["shape"].array())
+        tensor.shape.push_back(side.is_null() ? std::nullopt
+                                              : std::optional(side.integer(std::numeric_limits<std::int64_t>::min(),
+                                                                           std::numeric_limits<std::int64_t>::max(),
+                                                                           "int | null")));
+    if (part.has("batch") && !part["batch"].is_null())
+        for (const Part &end : part["batch"].array_of(2, "array | null")) end.integer();
+    return tensor;
+}
+
+std::array<double, 3> read_rgb(const Part &part) {
+    const std::vector<Part> parts = part.array_of(3);
+    return {parts[0].number(), parts[1].number(), parts[2].number()};
+}
+
+Preprocessing read_preprocessing(const Part &part) {
+    part.only({"image_size", "crop_pct", "interpolation", "mean", "std"});
+    Preprocessing result{};
+    result.image_size = static_cast<std::size_t>(part["image_size"].integer(32, 4096));
+    result.crop_pct = part["crop_pct"].number(0.1, 1, "0.1", "1.0");
+    const std::string how = part["interpolation"].one_of({"bicubic", "bilinear", "nearest", "lanczos"});
+    result.interpolation = how == "bicubic"    ? RXDEPLOY_BICUBIC
+                           : how == "bilinear" ? RXDEPLOY_BILINEAR
+                           : how == "nearest"  ? RXDEPLOY_NEAREST
+                                               : RXDEPLOY_LANCZOS;
+    result.mean = read_rgb(part["mean"]);
+    result.std = read_rgb(part["std"]);
+    for (const double value : result.mean)
+        if (!(value >= 0 && value <= 1)) part.damaged("`mean` must lie in 0..1 (of RGB values scaled to 0..1)");
+    for (const double value : result.std)
+        if (!(value > 0 && value <= 10)) part.damaged("`std` must be above 0 (of RGB values scaled to 0..1)");
+    return result;
+}
+
+void check_texts(const Part &array) {
+    for (const Part &text : array.array()) text.text();
+}
+
+// What `card` repeats of the model card; only its FLOPs are used here.
+std::optional<std::uint64_t> read_card(const Part &card) {
+    constexpr auto MOST = std::numeric_limits<std::int64_t>::max();
+    for (const char *key : {"sha256", "description"}) card[key].text();
+    const Part figures = card["figures"];
+    figures.only({"parameters", "flops"});
+    std::optional<std::uint64_t> flops;
+    for (const char *key : {"parameters", "flops"})
+        if (figures.has(key) && !figures[key].is_null()) {
+            const std::int64_t value = figures[key].integer(1, MOST, "int | null");
+            if (key == std::string_view("flops")) flops = static_cast<std::uint64_t>(value);
+        }
+    if (const Part accuracy = card["accuracy"]; !accuracy.is_null()) {
+        accuracy.object("object | null").only({"dataset", "top1", "top5"});
+        accuracy["dataset"].text();
+        const double top1 = accuracy["top1"].number(0, 100, "0.0", "100.0");
+        if (accuracy.has("top5") && !accuracy["top5"].is_null() &&
+            accuracy["top5"].number(0, 100, "0.0", "100.0") < top1)
+            accuracy.damaged("top5 is below top1");
+    }
+    const Part source = card["source"];
+    source.only({"collection", "paper", "paper_url", "code", "training_data"});
+    for (const char *key : {"collection", "paper", "paper_url", "code"})
+        if (source.has(key)) source[key].text_or_null();
+    if (source.has("training_data")) check_texts(source["training_data"]);
+    return flops;
+}
+
+void check_weights(const Part &weights) {
+    weights["kind"].one_of({"published", "file", "synthetic"});
+    weights["source"].text();
+    weights["sha256"].text_or_null();
+    if (weights.has("licence")) weights["licence"].text_or_null();
+}
+
+// True where the key is there and true, as Python's truth of a dictionary's entry.
+bool flag(const Part &part, const char *key) { return part.has(key) && !part[key].is_null() && part[key].boolean(); }
+
+std::optional<PlanFacts> read_plan(const Part &engine) {
+    if (engine.is_null()) return std::nullopt;
+    engine.object("object | null");
+    return PlanFacts{engine.has("version") ? engine["version"].text() : "", flag(engine, "version_compatible"),
+                     flag(engine, "hardware_compatible"), flag(engine, "strip_plan")};
+}
+
+// What tuning found for ONNX Runtime; plain settings where it found something for another engine, or nothing.
+CpuSettings read_cpu(const Part &top) {
+    CpuSettings settings;
+    if (!top.has("tuning") || top["tuning"].is_null()) return settings;
+    const Part all = top["tuning"];
+    all.object("object | null");
+    if (!all.has("cpu") || all["cpu"].is_null()) return settings;
+    const Part cpu = all["cpu"];
+    cpu.object("object | null");
+    if (cpu.has("engine") && cpu["engine"].one_of({"onnxruntime", "openvino"}) != "onnxruntime") return settings;
+    const auto read = [&](const char *key, bool &to) {
+        if (cpu.has(key)) to = cpu[key].boolean();
+    };
+    if (cpu.has("threads")) settings.threads = static_cast<int>(cpu["threads"].integer(0, 4096));
+    if (cpu.has("sessions")) settings.sessions = static_cast<std::size_t>(cpu["sessions"].integer(1, 4096));
+    read("spinning", settings.spinning);
+    read("arena", settings.arena);
+    read("denormals_as_zero", settings.denormals_as_zero);
+    if (all.has("cores") && !all["cores"].is_null())
+        settings.cores = all["cores"].integer(0, std::numeric_limits<std::int64_t>::max(), "int | null");
+    return settings;
+}
+
+// One argument as a shell takes it.
+std::string quoted(const std::string &argument) {
+    const auto plain = [](char c) {
+        return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') ||
+               std::string_view("@%+=:,./_-").find(c) != std::string_view::npos;
+    };
+    bool all = !argument.empty();
+    for (const char c : argument) all = all && plain(c);
+    if (all) return argument;
+    std::string result = "'";
+    for (const char c : argument) result += c == '\'' ? std::string("'\"'\"'") : std::string(1, c);
+    return result + "'";
+}
+
+std::string read_command(const Part &command) {
+    std::string line;
+    for (const Part &part : command.array()) line += (line.empty() ? "" : " ") + quoted(part.text());
+    return printable(line);
+}
+
+std::map<std::string, FileDigest> read_files(const Part &files) {
+    std::map<std::string, FileDigest> result;
+    for (const auto &[name, file] : files.items()) {
+        file.only({"sha256", "bytes"});
+        result[name] = FileDigest{file["sha256"].text(), file["bytes"].integer()};
+    }
+    return result;
+}
+
+// What the runtime rests on: one input of the image's size, one output of the classes.
+void check_tensors(const Manifest &m, const Part &top) {
+    const auto size = static_cast<std::int64_t>(m.preprocessing.image_size);
+    const auto is = [](const Tensor &tensor, const char *dtype, std::vector<std::int64_t> sides) {
+        bool same = tensor.dtype == dtype && tensor.shape.size() == sides.size() + 1 && !tensor.shape[0];
+        for (std::size_t i = 0; same && i < sides.size(); ++i) same = tensor.shape[i + 1] == sides[i];
+        return same;
+    };
+    const bool input = m.normalisation_in_graph ? is(m.input, "uint8", {size, size, 3})
+                                                : is(m.input, "float32", {3, size, size});
+    if (!input) top["inputs"].damaged("The input is not the images that `preprocessing` makes");
+    if (!is(m.output, "float32", {static_cast<std::int64_t>(m.num_classes)}))
+        top["outputs"].damaged("The output is not float32 of `num_classes`");
+}
+
+Manifest read(const Part &top, std::string &digest) {
+    Manifest m{};
+    digest = top.object().has("digest") ? top["digest"].text() : UNSEALED;
+    m.model = printable(top["model"].text());
+    m.precision = top["precision"].one_of({"fp32", "fp16", "int8"});
+    const Part target = top["target"];
+    m.target = target["name"].one_of({"tensorrt", "tensorrt-rtx", "onnxruntime"});
+    target["version"].text_or_null();
+    target["reason"].text();
+    m.gpu = target["gpu"].text_or_null();
+    check_weights(top["weights"]);
+    m.card_flops = read_card(top["card"]);
+    top["counts"]["parameters"].integer();
+    m.multiply_adds = static_cast<std::uint64_t>(top["counts"]["multiply_adds"].integer(0));
+    m.preprocessing = read_preprocessing(top["preprocessing"]);
+    m.normalisation_in_graph = top["normalisation_in_graph"].boolean();
+    m.num_classes = static_cast<std::size_t>(top["num_classes"].integer(1, 1'000'000));
+    for (const char *key : {"inputs", "outputs"}) {
+        const std::vector<Part> parts = top[key].array();
+        if (parts.size() != 1) top[key].damaged("Expected `array` of length 1, got " + std::to_string(parts.size()));
+        (key == std::string_view("inputs") ? m.input : m.output) = read_tensor(parts[0]);
+    }
+    top["validation"].object();
+    const bool quantised = top.has("quantisation") && !top["quantisation"].is_null();
+    m.for_integers = true;
+    if (quantised) {
+        const Part how = top["quantisation"].object("object | null");
+        m.for_integers = how.has("scheme") && !how["scheme"].is_null() && how["scheme"].text() == "onnxruntime";
+    }
+    m.plan = read_plan(top["engine"]);
+    m.cpu = read_cpu(top);
+    for (const auto &[tool, version] : top["tools"].items())
+        if (const std::string text = version.text(); tool == "Pillow") std::sscanf(text.c_str(), "%4d", &m.pillow);
+    m.command = read_command(top["command"]);
+    m.files = read_files(top["files"]);
+    check_tensors(m, top);
+    return m;
+}
+
+json decode(std::string_view data) {
+    // msgspec takes no byte order mark, nlohmann's parser would skip one.
+    if (!data.empty() && static_cast<unsigned char>(data[0]) == 0xef) throw Damaged{"it begins with no JSON"};
+    const auto shallow = [](int depth, json::parse_event_t, json &) {
+        if (depth > DEEPEST) throw Damaged{"it is nested too deep"};
+        return true;
+    };
+    try {
+        return json::parse(data.begin(), data.end(), shallow);
+    } catch (const json::exception &error) {
+        // "[json.exception.parse_error.101] parse error at line 3, column 5: ..."
+        const std::string text = error.what();
+        throw Damaged{"JSON is malformed: " + printable(text.substr(std::min(text.find("] ") + 2, text.size())))};
+    }
+}
+
+// The sha256 of `data` with the first place of `digest` set to 64 zeros.
+std::string seal(std::string_view data, const std::string &digest) {
+    std::string unsealed(data);
+    if (const std::size_t at = unsealed.find(digest); at != std::string::npos)
+        unsealed.replace(at, digest.size(), UNSEALED);
+    return sha256(unsealed);
+}
+
+}  // namespace
+
+Manifest parse_manifest(std::string_view data, const std::string &where) {
+    std::string digest;
+    Manifest manifest;
+    try {
+        const json head = decode(data);
+        const Part top(head, "$");
+        if (top.is_object() && top.has("schema") && head["schema"].is_number_integer()) {
+            // A number beyond int64 is of a later schema, too.
+            const bool large = head["schema"].is_number_unsigned() && head["schema"].get<std::uint64_t>() > SCHEMA;
+            if (large)
+                input_error(where + ": it has schema " + head["schema"].dump() + ", this rxdeploy reads up to " +
+                            std::to_string(SCHEMA) + "; install a newer one");
+        }
+        if (top["schema"].integer() != SCHEMA)
+            top["schema"].damaged("Invalid enum value " + head["schema"].dump());
+        manifest = read(top, digest);
+    } catch (const Damaged &damage) {
+        input_error(where + ": manifest.json is damaged: " + damage.reason + "; build the bundle again");
+    }
+    if (seal(data, digest) != digest)
+        input_error(where + ": manifest.json was altered: it no longer has its own digest; build the bundle again");
+    return manifest;
+}
+
+}  // namespace rx

@@ -1,0 +1,17 @@
+# The shared library exports the C ABI and nothing else.
+execute_process(COMMAND ${NM} --dynamic --defined-only --format=posix ${LIBRARY} OUTPUT_VARIABLE symbols
+                COMMAND_ERROR_IS_FATAL ANY)
+string(REGEX REPLACE "\n$" "" symbols "${symbols}")
+string(REPLACE "\n" ";" symbols "${symbols}")
+set(count 0)
+foreach(symbol IN LISTS symbols)
+    if(NOT symbol MATCHES "^rxdeploy_[a-z0-9_]+ T ")
+        message(SEND_ERROR "exported, and not of the C ABI: ${symbol}")
+    endif()
+    math(EXPR count "${count} + 1")
+endforeach()
+file(STRINGS ${CMAKE_CURRENT_LIST_DIR}/../include/rxdeploy.h declared REGEX "^RXDEPLOY_API ")
+list(LENGTH declared expected)
+if(NOT count EQUAL expected)
+    message(SEND_ERROR "rxdeploy.h declares ${expected} functions, the library exports ${count}")
+endif()
