@@ -1,5 +1,5 @@
 #!/bin/sh
-# Debian's ONNX Runtime headers for `cmake -DRXDEPLOY_ONNXRUNTIME_ROOT=DIR/usr`, from a suite that this machine may not use.
+# Debian's ONNX Runtime headers for `cmake -DRXDEPLOY_ONNXRUNTIME_ROOT=DIR/usr`, from another suite than this machine's.
 #
 #   fetch_onnxruntime_headers.sh DIR [SUITE]
 #
@@ -18,7 +18,8 @@ if [ -e "$dir/usr/include/onnxruntime/onnxruntime_c_api.h" ]; then
 fi
 
 # The first archive that has Debian's main suites: deb822 files (URIs:) first, then one-line files (deb ...).
-mirror=$(cat /etc/apt/sources.list.d/*.sources 2>/dev/null | sed -n 's/^URIs:[[:space:]]*\([^[:space:]]*\/debian\/\{0,1\}\)\([[:space:]].*\)\{0,1\}$/\1/p' | head -n 1)
+mirror=$(cat /etc/apt/sources.list.d/*.sources 2>/dev/null |
+    sed -n 's/^URIs:[[:space:]]*\([^[:space:]]*\/debian\/\{0,1\}\)\([[:space:]].*\)\{0,1\}$/\1/p' | head -n 1)
 if [ -z "$mirror" ]; then
     mirror=$(cat /etc/apt/sources.list /etc/apt/sources.list.d/*.list 2>/dev/null |
         sed -n 's/^deb \(\[[^]]*\] \)\{0,1\}\([^ ]*\/debian\/\{0,1\}\) .*/\2/p' | head -n 1)

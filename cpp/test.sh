@@ -16,7 +16,8 @@ headers=$(./fetch_onnxruntime_headers.sh "$PWD/build/onnxruntime")
 
 RXDEPLOY_ONNXRUNTIME=$("$python" -c '
 import glob, importlib.util, pathlib
-print(glob.glob(str(pathlib.Path(importlib.util.find_spec("onnxruntime").origin).parent / "capi/libonnxruntime.so.*"))[0])')
+package = pathlib.Path(importlib.util.find_spec("onnxruntime").origin).parent
+print(glob.glob(str(package / "capi/libonnxruntime.so.*"))[0])')
 RXDEPLOY_TEST_BUNDLE=$work/digits-fp32
 export RXDEPLOY_ONNXRUNTIME RXDEPLOY_TEST_BUNDLE
 "$python" -m rxdeploy build digits_resnext14_8x8d --fp32 --target onnxruntime -o "$RXDEPLOY_TEST_BUNDLE"

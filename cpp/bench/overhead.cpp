@@ -96,7 +96,7 @@ int main(int count, char **arguments) try {
     std::vector<std::uint8_t> images(n * session.image_bytes());
     for (std::size_t i = 0; i < images.size(); ++i) images[i] = static_cast<std::uint8_t>(i * 2654435761u >> 24);
     std::vector<float> ours(n * session.classes()), theirs(ours.size());
-    // The threads of either keep spinning for a while after a run, in the way of the other: first one that is not timed.
+    // The threads of either spin on for a while after a run, in the way of the other: first one that is not timed.
     const auto time = [](auto &&run) {
         run();
         const auto begin = std::chrono::steady_clock::now();
@@ -117,9 +117,9 @@ int main(int count, char **arguments) try {
     if (std::memcmp(ours.data(), theirs.data(), ours.size() * sizeof(float))) end("the logits differ");
     std::printf("%s, %s, batch %zu, %d rounds\n", session.model().c_str(), session.description().c_str(), n, rounds);
     const auto line = [&](const char *what, double part) {
-        const double mine = median(with, part), bare_ms = median(without, part);
-        std::printf("%-10s rxdeploy_run %9.4f ms   bare C API %9.4f ms   ratio %.4f\n", what, mine * 1000, bare_ms * 1000,
-                    mine / bare_ms);
+        const double mine = median(with, part), theirs_s = median(without, part);
+        std::printf("%-11s rxdeploy_run %9.4f ms   bare C API %9.4f ms   ratio %.4f\n", what, mine * 1000,
+                    theirs_s * 1000, mine / theirs_s);
     };
     line("median", 0.5);
     line("10th of 100", 0.1);

@@ -85,8 +85,8 @@ int main(int count, char **arguments) try {
     const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
     const rxdeploy::Metrics m = session.metrics();
     const double grown = static_cast<double>(most - half) / (1 << 20);
-    std::printf("%ld done, %ld cancelled, %ld wrong, in %.1f s (%.0f a second); p50 %.2f ms, p99 %.2f ms\n", done.load(),
-                cancelled.load(), wrong.load(), seconds, static_cast<double>(done) / seconds, m.requests.p50 * 1e3,
+    std::printf("%ld done, %ld cancelled, %ld wrong, in %.1f s (%.0f a second); p50 %.2f ms, p99 %.2f ms\n",
+                done.load(), cancelled.load(), wrong.load(), seconds, static_cast<double>(done) / seconds, m.requests.p50 * 1e3,
                 m.requests.p99 * 1e3);
     std::printf("memory grew by %.2f MiB over the second half\n", grown);
     const bool lost = done + cancelled != requests || m.failed || m.rejected || m.expired;

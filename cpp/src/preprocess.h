@@ -9,7 +9,7 @@
 
 namespace rx {
 
-// Resize the shorter side to floor(image_size / crop_pct), then cut the central square: uint8 (size, size, 3), to `image`.
+// Resize the shorter side to floor(image_size / crop_pct), then cut the central square: uint8 (size, size, 3).
 // `pillow` is the major version of Pillow that is meant, 0 for the newest known: from 13 on it resizes down before
 // across where the height shrinks by more than twice as many pixels as the width.
 // Error (RXDEPLOY_INPUT_ERROR) for a frame that is none, or so long and narrow that it would have too many pixels.

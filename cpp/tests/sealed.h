@@ -27,7 +27,8 @@ inline nlohmann::ordered_json manifest_of(const nlohmann::ordered_json &files) {
         "outputs": [{"name": "logits", "dtype": "float32", "layout": "NC", "shape": [null, 3], "batch": null}],
         "validation": {"passed": true}, "quantisation": null,
         "tuning": {"tuned": true, "cores": 4, "cpu": {
-            "engine": "onnxruntime", "threads": 2, "spinning": false, "arena": true, "denormals_as_zero": true, "sessions": 3}},
+            "engine": "onnxruntime", "threads": 2, "spinning": false, "arena": true,
+            "denormals_as_zero": true, "sessions": 3}},
         "engine": null, "tools": {"Pillow": "13.0.0"}, "command": ["rxdeploy", "build", "small", "-o", "it's here"]
     })")
         .patch({{{"op", "add"}, {"path", "/files"}, {"value", files}}});

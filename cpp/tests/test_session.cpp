@@ -23,8 +23,9 @@ using rxdeploy::Options;
 using rxdeploy::Session;
 
 TEST(Abi, StructsAreTheSameInC) {
-    const std::size_t sizes[] = {sizeof(rxdeploy_options),    sizeof(rxdeploy_submit_options), sizeof(rxdeploy_info),
-                                 sizeof(rxdeploy_prediction), sizeof(rxdeploy_frame),          sizeof(rxdeploy_metrics)};
+    const std::size_t sizes[] = {sizeof(rxdeploy_options), sizeof(rxdeploy_submit_options),
+                                 sizeof(rxdeploy_info),    sizeof(rxdeploy_prediction),
+                                 sizeof(rxdeploy_frame),   sizeof(rxdeploy_metrics)};
     for (std::size_t i = 0; i < std::size(sizes); ++i) EXPECT_EQ(abi_sizes(i), sizes[i]);
     EXPECT_EQ(rxdeploy_abi(), RXDEPLOY_ABI);
     EXPECT_STREQ(rxdeploy_status_name(RXDEPLOY_REJECTED), "rejected");
