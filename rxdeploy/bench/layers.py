@@ -282,7 +282,7 @@ def _openvino_times(
     means = {name: (found[name].seconds * all_runs - before[name].seconds * len(warm)) / runs for name in found}
     nodes = openvino_nodes(found, counts)
     parts = [
-        _Part(name, _openvino_row(found[name].kind, nodes[name]), max(seconds, 0.0), nodes[name])
+        _Part(name, _openvino_row(found[name].kind, nodes[name]), round(max(seconds, 0.0), 7), nodes[name])
         for name, seconds in means.items()
         if seconds > 0 or any(node.multiply_adds for node in nodes[name])
     ]
