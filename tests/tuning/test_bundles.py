@@ -49,8 +49,14 @@ def packed(monkeypatch: pytest.MonkeyPatch) -> None:
         assert all(len(times[0][name]) == 2 for name in layers)  # batches 1 and 8 were timed
         return {name: 16 for name, own in layers.items() if 16 in own.widths and own.width < 16}
 
+    def judged(ways: Any, sizes: Any) -> dict[str, contest.Ratio]:
+        """Everything is run, but who wins does not depend on how busy this machine is."""
+        contest.contest(ways, sizes, rounds=1)
+        faster = {name: 0.9 if name == "each layer's fastest width" else 1.0 for name in ways}
+        return {name: contest.Ratio(ratio, ratio, ratio, (ratio, ratio)) for name, ratio in faster.items()}
+
     monkeypatch.setattr(search, "choose_widths", found)
-    monkeypatch.setattr(contest.Ratio, "faster", lambda self, by: self.median != 1.0)
+    monkeypatch.setattr(search, "contest", judged)
 
 
 Build = Callable[..., Path]
