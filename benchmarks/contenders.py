@@ -33,7 +33,8 @@ from rxdeploy.bench.machine import cores
 from rxdeploy.bench.peaks import product_model
 from rxdeploy.cards import ModelCard, find_card
 from rxdeploy.engines.bundle import Precision
-from rxdeploy.runtime.onnxrt import open_session
+from rxdeploy.runtime.onnxrt import import_onnxruntime, open_session
+from rxdeploy.runtime.openvino import import_openvino
 
 Images = NDArray[np.uint8]
 Run = Callable[[Images], Any]  # uint8 (n, size, size, 3) to logits; what a product is given, it does not look at
@@ -218,9 +219,7 @@ def torch_compiled(model: str, folder: Path, batch: int) -> Run:
 
 
 def onnx_runtime(file: str, model: str, folder: Path, batch: int) -> Run:
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(folder / file), providers=["CPUExecutionProvider"])
+    session = import_onnxruntime().InferenceSession(str(folder / file), providers=["CPUExecutionProvider"])
     return lambda images: session.run(["logits"], {"image": images})[0]
 
 
@@ -233,14 +232,12 @@ def openvino(file: str, options: dict[str, Any], model: str, folder: Path, batch
 
 def openvino_streams(file: str, options: dict[str, Any], model: str, folder: Path, batch: int) -> Run:
     """A batch divided among as many requests at once as OpenVINO thinks best."""
-    from openvino import AsyncInferQueue
-
     hint = options | {"PERFORMANCE_HINT": "THROUGHPUT"}
     least = _compiled(folder / file, 1, hint)
     jobs = min(batch, least.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
     while batch % jobs:
         jobs -= 1
-    queue = AsyncInferQueue(_compiled(folder / file, batch // jobs, hint), jobs)
+    queue = import_openvino().AsyncInferQueue(_compiled(folder / file, batch // jobs, hint), jobs)
     results: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * jobs
     queue.set_callback(lambda request, part: results.__setitem__(part, request.get_output_tensor().data.copy()))
 
@@ -254,9 +251,7 @@ def openvino_streams(file: str, options: dict[str, Any], model: str, folder: Pat
 
 
 def _compiled(file: Path, batch: int, options: dict[str, Any]) -> Any:
-    from openvino import Core
-
-    core = Core()
+    core = import_openvino().Core()
     model = core.read_model(file)
     model.reshape({"image": [batch, *list(model.input("image").partial_shape)[1:]]})
     return core.compile_model(model, "CPU", options | {"INFERENCE_NUM_THREADS": cores()})
@@ -272,10 +267,8 @@ def product_onnx(precision: Precision, model: str, folder: Path, batch: int) -> 
 
 
 def product_openvino(precision: Precision, model: str, folder: Path, batch: int) -> Run:
-    from openvino import Core
-
     product = _product_in_qdq() if precision == "int8" else product_model(precision, PRODUCT_SIDE)
-    core, options = Core(), F32 if precision == "fp32" else {}
+    core, options = import_openvino().Core(), F32 if precision == "fp32" else {}
     compiled = core.compile_model(core.read_model(product, b""), "CPU", options | {"INFERENCE_NUM_THREADS": cores()})
     request, matrix = compiled.create_infer_request(), _matrix(precision)
     return lambda _: request.infer([matrix], share_inputs=True)[0]

@@ -100,7 +100,6 @@ class Pipeline:
         self.reporter = reporter or Reporter()
         self.stages: list[Stage] = []
         self._network = resnext(request.card)
-        self._tuning_known = False
         if request.precision == "int8" and request.calibration is None:
             raise InputError("int8 needs a calibration")
         self._channels = parse_groups(request.groups)
@@ -276,17 +275,21 @@ class Pipeline:
         if not self.request.tune and self._as_it_is:
             return self._deployed()
         with self._stage("tune" if self.request.tune else "pack") as done:
-            tuning = self._tuning
+            tuning, known = self._found_tuning
             entry = self._deployed()
-            known = self._tuning_known or not self.request.tune
             return done(Entry(entry.folder, entry.facts, entry.reused and known), describe(tuning))
 
-    @functools.cached_property
+    @property
     def _tuning(self) -> Tuning:
+        return self._found_tuning[0]
+
+    @functools.cached_property
+    def _found_tuning(self) -> tuple[Tuning, bool]:
+        """The tuning, and whether it took no measuring."""
         import onnx_ir as ir
 
         from rxdeploy.tuning import stage
-        from rxdeploy.tuning.retune import device_for
+        from rxdeploy.tuning.device import device_for
 
         def model() -> ir.Model:
             return ir.load(self._model(self.request.precision).folder / MODEL)
@@ -296,13 +299,12 @@ class Pipeline:
             if int8 := self.request.precision == "int8":
                 engine = self._scheme
             keep = self._calibration().facts["keep"] if int8 else ()
-            return stage.by_rule(self._network, engine, self.request.precision, self._channels, keep)
+            return stage.by_rule(self._network, engine, self.request.precision, self._channels, keep), True
         options, flavour = self.request.engine, self._choice.flavour
         draft = self._manifest(self._choice, {}, None, None)
         sizes, report = batches(options), self.reporter.progress
         device = device_for(draft, flavour, options, sizes, self.cache.folder)
-        tuning, self._tuning_known = stage.by_measuring(model, device, sizes, draft, code_digest(), self.cache, report)
-        return tuning
+        return stage.by_measuring(model, device, sizes, draft, code_digest(), self.cache, report)
 
     @property
     def _as_it_is(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -17,10 +17,9 @@ from rxdeploy.engines.bundle import Bundle, CpuSettings
 from rxdeploy.engines.gpu import find_driver
 from rxdeploy.errors import CheckFailed, EnvironmentLacks, first_line, missing_module
 from rxdeploy.runtime.arrays import Array, DeviceView, part_of
-from rxdeploy.runtime.batching import Closed
 from rxdeploy.runtime.cuda import DeviceArray, Gpu
 from rxdeploy.runtime.denormals import opened
-from rxdeploy.runtime.shares import LARGEST, Compute, Shares, callers_at_once
+from rxdeploy.runtime.shares import LARGEST, Compute, SharedOut, Shares, callers_at_once
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _PROVIDERS = {"cpu": CPU, "cuda": CUDA}
@@ -109,7 +108,7 @@ def run_session(session: Any, names: list[str], feed: dict[str, NDArray]) -> lis
         raise CheckFailed(f"ONNX Runtime cannot run the model: {first_line(error)}") from None
 
 
-class OnnxEngine:
+class OnnxEngine(SharedOut[Any]):
     """A bundle's model on ONNX Runtime: `run` and `map` for arrays that were checked already. Thread-safe.
 
     `settings` are for a CPU.
@@ -130,7 +129,7 @@ class OnnxEngine:
         count = 1 if self.settings.threads == 1 else self.settings.sessions
         sessions = [self._session() for _ in range(count)]
         computes = [self._compute(sessions[n % count]) for n in range(self.settings.sessions)]
-        self._held: tuple[Shares, Any] | None = Shares(computes, self.largest, self._classes), sessions[0]
+        self._held = Shares(computes, self.largest, self._classes), sessions[0]
         where = find_driver().gpus[ordinal].name if device == "cuda" else "CPU"
         self.description = f"ONNX Runtime {import_onnxruntime().__version__} on {where}"
 
@@ -140,11 +139,6 @@ class OnnxEngine:
         if isinstance(images, DeviceView) or isinstance(out, DeviceView):
             return self._run_bound(session, images, out, stream)
         return shares.run(images, out)
-
-    def map(self, batches: Iterable[NDArray]) -> Iterator[tuple[NDArray[np.float32], float | None]]:
-        """Logits of each of many host batches, in order, and the seconds that each took."""
-        for images in batches:
-            yield self._open()[0].timed(images)
 
     def prepare(self, sizes: Iterable[int]) -> None:
         """ONNX Runtime has nothing to prepare."""
@@ -160,17 +154,6 @@ class OnnxEngine:
             return self, 1
         settings = msgspec.structs.replace(self.settings, threads=1, sessions=1)
         return OnnxEngine(self._bundle, "cpu", settings=settings), callers
-
-    def close(self) -> None:
-        """Drop ONNX Runtime's sessions; calls that are running end first, as they hold them too."""
-        held, self._held = self._held, None
-        if held is not None:
-            held[0].close()
-
-    def _open(self) -> tuple[Shares, Any]:
-        if (held := self._held) is None:
-            raise Closed("the session is closed; load the bundle again")
-        return held
 
     def _session(self) -> Any:
         model, integers = self._bundle.file(bundles.MODEL), self._bundle.manifest.for_integers

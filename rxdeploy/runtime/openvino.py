@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -23,9 +23,8 @@ from rxdeploy.engines import bundle as bundles
 from rxdeploy.engines.bundle import Bundle, CpuSettings
 from rxdeploy.errors import CheckFailed, EnvironmentLacks, first_line, missing_module
 from rxdeploy.runtime.arrays import Array
-from rxdeploy.runtime.batching import Closed
 from rxdeploy.runtime.denormals import opened
-from rxdeploy.runtime.shares import LARGEST, Shares, callers_at_once
+from rxdeploy.runtime.shares import LARGEST, SharedOut, Shares, callers_at_once
 
 _TELEMETRY = "openvino_telemetry"
 _NO_WORK = ("Const", "Input", "Output")  # types of nodes
@@ -143,7 +142,7 @@ class Requests:
             self._idle.put(request)
 
 
-class OpenVinoEngine:
+class OpenVinoEngine(SharedOut["_Models"]):
     """A bundle's model on OpenVINO: `run` and `map` for host arrays that were checked already. Thread-safe.
 
     `sizes` are batch sizes to be ready for, as `prepare` makes it; `callers` batches are computed at once, each from
@@ -161,7 +160,7 @@ class OpenVinoEngine:
         self._bundle = bundle
         models = _Models(bundle, self.settings, self.settings.sessions * callers)
         shares = Shares([models.compute] * self.settings.sessions, self.largest, bundle.manifest.num_classes)
-        self._held: tuple[Shares, _Models] | None = shares, models
+        self._held = shares, models
         self.prepare(sizes)
         models.check()
         self.description = f"OpenVINO {import_openvino().__version__.partition('-')[0]} on CPU"
@@ -170,11 +169,6 @@ class OpenVinoEngine:
         """Logits of `images`; into `out` when given, and then that is not returned. Complete on return."""
         assert isinstance(images, np.ndarray) and (out is None or isinstance(out, np.ndarray))  # there is no device
         return self._open()[0].run(images, out)
-
-    def map(self, batches: Iterable[NDArray]) -> Iterator[tuple[NDArray[np.float32], float | None]]:
-        """Logits of each of many host batches, in order, and the seconds that each took."""
-        for images in batches:
-            yield self._open()[0].timed(images)
 
     def prepare(self, sizes: Iterable[int]) -> None:
         """Compile the model once more for each of these batch sizes, which makes them faster and takes memory."""
@@ -193,17 +187,6 @@ class OpenVinoEngine:
             return self, 1
         settings = msgspec.structs.replace(self.settings, threads=1, sessions=1)
         return OpenVinoEngine(self._bundle, settings, callers=callers), callers
-
-    def close(self) -> None:
-        """Drop the compiled models; calls that are running end first, as they hold them too."""
-        held, self._held = self._held, None
-        if held is not None:
-            held[0].close()
-
-    def _open(self) -> tuple[Shares, _Models]:
-        if (held := self._held) is None:
-            raise Closed("the session is closed; load the bundle again")
-        return held
 
 
 class _Models:

@@ -7,19 +7,22 @@ import itertools
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rxdeploy.engines.bundle import Manifest
+from rxdeploy.runtime.batching import Closed
 
 # Images that a CPU computes at once; of more, the activations take memory and time: they leave its caches.
 LARGEST = 64
 _SMALL = 200_000_000  # multiply-adds an image; the digits model has 18 million, ResNeXt-50 4230 million
 _MOST_CALLERS = 8
 
+Held = TypeVar("Held")
 Compute = Callable[[NDArray], NDArray[np.float32]]  # images, a share at most -> logits
 
 
@@ -92,6 +95,28 @@ class Shares:
             with contextlib.suppress(RuntimeError):  # closed meanwhile: the caller goes on by itself
                 futures += (self._pool.submit(work, compute) for compute in computes)
         return futures
+
+
+class SharedOut(Generic[Held]):
+    """An engine that computes host batches by `Shares`, of which it holds what it needs besides until it is closed."""
+
+    _held: tuple[Shares, Held] | None
+
+    def map(self, batches: Iterable[NDArray]) -> Iterator[tuple[NDArray[np.float32], float | None]]:
+        """Logits of each of many host batches, in order, and the seconds that each took."""
+        for images in batches:
+            yield self._open()[0].timed(images)
+
+    def close(self) -> None:
+        """Drop what is held; calls that are running end first, as they hold it too."""
+        held, self._held = self._held, None
+        if held is not None:
+            held[0].close()
+
+    def _open(self) -> tuple[Shares, Held]:
+        if (held := self._held) is None:
+            raise Closed("the session is closed; load the bundle again")
+        return held
 
 
 def callers_at_once(manifest: Manifest) -> int:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import msgspec
-
 from rxdeploy.engines.bundle import Tuning
+from rxdeploy.runtime.cpu import ENGINES, in_words
 
 
 def describe(tuning: Tuning) -> str:
@@ -16,14 +15,6 @@ def describe(tuning: Tuning) -> str:
     if not tuning.tuned:
         return f"untuned, by rule: {'; '.join(parts)}"
     if tuning.cpu:
-        parts.append(", ".join(_settings(tuning)))
+        parts.append(f"on {ENGINES[tuning.cpu.engine]}{in_words(tuning.cpu)}")
     ratio = tuning.report["whole"]["median"]
     return f"{'; '.join(parts)}; {1 / ratio:.2f} times as fast as it was, on {tuning.device}"
-
-
-def _settings(tuning: Tuning) -> list[str]:
-    assert tuning.cpu is not None
-    own = msgspec.structs.asdict(tuning.cpu)
-    plain = msgspec.structs.asdict(type(tuning.cpu)())
-    changed = [f"{name} {value}" for name, value in own.items() if value != plain[name] and name != "engine"]
-    return [f"on {tuning.cpu.engine}", *changed]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -10,16 +11,17 @@ from typing import Any, Protocol
 
 import msgspec
 
-from rxdeploy.bench.counts import count
+from rxdeploy.bench.counts import GraphCounts, count
 from rxdeploy.bench.layers import layer_times
 from rxdeploy.bench.machine import cores, instruction_sets, processor
 from rxdeploy.bench.samples import sample_images
 from rxdeploy.engines import bundle as bundles
-from rxdeploy.engines.builder import build_plan
+from rxdeploy.engines.builder import Plan, Progress, build_plan, timing_cache
 from rxdeploy.engines.bundle import Bundle, CpuSettings, Manifest, Tuning
 from rxdeploy.engines.flavours import Flavour, installed_version
 from rxdeploy.engines.gpu import find_driver
 from rxdeploy.engines.options import EngineOptions
+from rxdeploy.errors import EnvironmentLacks
 from rxdeploy.runtime.batching import Batching
 from rxdeploy.runtime.session import Session
 
@@ -54,15 +56,18 @@ class _OpenedSession:
         self._session, self._model = session, model
         self._images: dict[int, Any] = {}
 
+    @functools.cached_property
+    def _counts(self) -> GraphCounts:
+        return count(self._model)
+
     def run(self, batch: int) -> object:
         if batch not in self._images:
             self._images[batch] = sample_images(self._session.bundle.manifest, batch)
         return self._session.engine.run(self._images[batch], None, None)
 
     def layers(self, batch: int) -> dict[str, float]:
-        counts = count(self._model)
-        convolutions = {node.name for node in counts.nodes if node.op == "Conv"}
-        found = layer_times(self._session, 0, counts, batch, PROFILE_SECONDS)
+        convolutions = {node.name for node in self._counts.nodes if node.op == "Conv"}
+        found = layer_times(self._session, 0, self._counts, batch, PROFILE_SECONDS)
         seconds: dict[str, float] = {}
         for layer in found.layers:
             inside = convolutions.intersection(layer.nodes)
@@ -132,14 +137,19 @@ class PlanDevice:
 
     engines: tuple[str, ...] = ("tensorrt",)
 
-    def __init__(self, manifest: Manifest, flavour: Flavour, options: EngineOptions, timing: Path | None) -> None:
+    def __init__(self, manifest: Manifest, flavour: Flavour, options: EngineOptions, cache: Path) -> None:
         gpu = find_driver().gpus[0]
         self.name = gpu.name
-        self._manifest, self._flavour, self._options, self._timing = manifest, flavour, options, timing
+        self._manifest, self._flavour, self._options = manifest, flavour, options
+        self._timings = timing_cache(cache, flavour, flavour.version(), gpu)
+
+    def build(self, model: bytes, progress: Progress | None = None) -> Plan:
+        """A plan of the graph."""
+        return build_plan(model, self._flavour, self._options, progress, self._timings)
 
     @contextlib.contextmanager
     def open(self, model: bytes, engine: str, settings: CpuSettings | None = None) -> Iterator[Opened]:
-        plan = build_plan(model, self._flavour, self._options, None, self._timing)
+        plan = self.build(model)
         target = msgspec.structs.replace(
             self._manifest.target, name=self._flavour.name, version=self._flavour.version(), gpu=self.name
         )
@@ -152,3 +162,19 @@ class PlanDevice:
         version = {self._flavour.name: self._flavour.version()}
         options = self._options.as_facts()
         return {"device": self.name, "driver": driver.cuda_version, "versions": version, "options": options}
+
+
+def device_for(
+    manifest: Manifest, flavour: Flavour | None, options: EngineOptions, sizes: tuple[int, ...], cache: Path
+) -> CpuDevice | PlanDevice:
+    """Where the bundle is to be fast: the GPU for a plan, else the CPU. EnvironmentLacks when there is none."""
+    if flavour is None:
+        return CpuDevice(manifest, sizes)
+    if problem := find_driver().problem:
+        raise EnvironmentLacks(
+            f"tuning a plan needs the GPU that it is for: {problem}; build without --tune, and run "
+            "`rxdeploy tune BUNDLE` on the machine with the GPU"
+        )
+    if flavour.version() is None:
+        raise EnvironmentLacks(f"tuning a plan needs {flavour.name}; {flavour.install}")
+    return PlanDevice(manifest, flavour, options, cache)

@@ -12,12 +12,11 @@ import onnx_ir as ir
 from rxdeploy.bench.samples import sample_images
 from rxdeploy.cache import Cache
 from rxdeploy.engines import bundle as bundles
-from rxdeploy.engines.builder import build_plan, timing_cache
 from rxdeploy.engines.bundle import Bundle, Manifest, Tuning
 from rxdeploy.engines.flavours import FLAVOURS, Flavour
 from rxdeploy.engines.gpu import find_driver
 from rxdeploy.engines.options import MAX_BATCH, EngineOptions, Profile
-from rxdeploy.errors import CheckFailed, EnvironmentLacks, InputError
+from rxdeploy.errors import CheckFailed, InputError
 from rxdeploy.export.graph import serialise
 from rxdeploy.export.passes import PASSES
 from rxdeploy.export.passes.groups import unpack
@@ -25,7 +24,7 @@ from rxdeploy.export.validate import LIMITS, deviation
 from rxdeploy.pipeline import Reporter, code_digest
 from rxdeploy.runtime.onnxrt import open_session, run_session
 from rxdeploy.tuning import stage
-from rxdeploy.tuning.device import CpuDevice, Device, PlanDevice
+from rxdeploy.tuning.device import PlanDevice, device_for
 from rxdeploy.tuning.options import batches
 from rxdeploy.tuning.variant import Variant, apply
 
@@ -56,30 +55,11 @@ def tune(path: Path, output: Path | None, sizes: Sequence[int] | None, cache: Ca
     files: dict[str, Path | bytes] = {name: bundle.file(name) for name in manifest.files}
     files[bundles.MODEL] = tuned
     facts = manifest.engine
-    if flavour:
+    if isinstance(device, PlanDevice):
         reporter.progress("building the plan", None)
-        timings = timing_cache(cache.folder, flavour, flavour.version(), find_driver().gpus[0])
-        plan = build_plan(tuned, flavour, options, reporter.progress, timings)
+        plan = device.build(tuned, reporter.progress)
         files[bundles.PLAN], facts = plan.data, plan.facts
     return bundles.write_bundle(output, _tuned(manifest, tuning, facts, checked), files, overwrite=False)
-
-
-def device_for(
-    manifest: Manifest, flavour: Flavour | None, options: EngineOptions, sizes: tuple[int, ...], cache: Path
-) -> Device:
-    """Where the bundle is to be fast: the GPU for a plan, else the CPU. EnvironmentLacks when there is none."""
-    if flavour is None:
-        return CpuDevice(manifest, sizes)
-    if problem := find_driver().problem:
-        raise EnvironmentLacks(
-            f"tuning a plan needs the GPU that it is for: {problem}; build without --tune, and run "
-            "`rxdeploy tune BUNDLE` on the machine with the GPU"
-        )
-    if flavour.version() is None:
-        raise EnvironmentLacks(f"tuning a plan needs {flavour.name}; {flavour.install}")
-    return PlanDevice(
-        manifest, flavour, options, timing_cache(cache, flavour, flavour.version(), find_driver().gpus[0])
-    )
 
 
 def _engine(manifest: Manifest) -> tuple[Flavour | None, EngineOptions]:

@@ -21,6 +21,7 @@ from rxdeploy.engines.bundle import CpuSettings
 from rxdeploy.export.graph import serialise
 from rxdeploy.export.passes import PASSES
 from rxdeploy.export.passes.groups import Grouped, grouped
+from rxdeploy.runtime.cpu import ENGINES
 from rxdeploy.tuning.contest import Ratio, Run, contest
 from rxdeploy.tuning.device import Device
 from rxdeploy.tuning.variant import Variant, apply, uniform
@@ -52,15 +53,14 @@ def search(model: ir.Model, device: Device, batches: Sequence[int], say: Say) ->
     best = first
     if len(ways) > 1:
         say("comparing engines")
-        ratios = _Ways(model, device, batches).contest({name: (*way, name) for name, way in ways.items()})
+        ratios = _compare(model, device, batches, {name: (*way, name) for name, way in ways.items()})
         best = min(ratios, key=lambda name: ratios[name].median)
         best = best if ratios[best].faster(WORTH) else first
         steps = [_step(name, ratio, name == best) for name, ratio in ratios.items()]
     settings, setting_steps = _settings(model, device, best, tried[best].variant, batches, say)
     say("measuring the whole gain")
-    ratios = _Ways(model, device, batches).contest(
-        {"as it was": (Variant(), None, first), "tuned": (tried[best].variant, settings, best)}
-    )
+    whole = {"as it was": (Variant(), None, first), "tuned": (tried[best].variant, settings, best)}
+    ratios = _compare(model, device, batches, whole)
     report = {
         "engines": {engine: found.report for engine, found in tried.items()},
         "engine": steps,
@@ -70,20 +70,20 @@ def search(model: ir.Model, device: Device, batches: Sequence[int], say: Say) ->
     return Found(tried[best].variant, best, settings, report)
 
 
-class _Ways:
-    """Graphs, engines and settings against each other."""
-
-    def __init__(self, model: ir.Model, device: Device, batches: Sequence[int]) -> None:
-        self._model, self._device, self._batches = model, device, batches
-
-    def contest(self, ways: Mapping[str, tuple[Variant, CpuSettings | None, str]]) -> dict[str, Ratio]:
-        runs: dict[str, Run] = {}
-        with ExitStack() as held:
-            for name, (variant, settings, engine) in ways.items():
-                graph = serialise(apply(self._model, variant))
-                runs[name] = held.enter_context(self._device.open(graph, engine, settings)).run
-                del graph  # of the largest model a third of a gigabyte
-            return contest(runs, self._batches)
+def _compare(
+    model: ir.Model,
+    device: Device,
+    batches: Sequence[int],
+    ways: Mapping[str, tuple[Variant, CpuSettings | None, str]],
+) -> dict[str, Ratio]:
+    """Graphs, settings and engines against each other."""
+    runs: dict[str, Run] = {}
+    with ExitStack() as held:
+        for name, (variant, settings, engine) in ways.items():
+            graph = serialise(apply(model, variant))
+            runs[name] = held.enter_context(device.open(graph, engine, settings)).run
+            del graph  # of the largest model a third of a gigabyte
+        return contest(runs, batches)
 
 
 class _Search:
@@ -114,13 +114,17 @@ class _Search:
     def _profile(self, width: int) -> dict[str, list[float]]:
         """Seconds of the layers that have `width` channels a group in a graph packed to it, for each batch size."""
         self._say(f"{self._engine}: timing groups of {width} channels" if width else f"{self._engine}: timing")
-        groups = uniform(self._layers, width) if width else {}
-        groups = {name: each for name, each in groups.items() if _is_tried(self._layers[name], each)}
+        groups = self._uniform(width)
         model = serialise(apply(self._model, Variant(groups)))
         with self._device.open(model, self._engine) as opened:
             found = [opened.layers(batch) for batch in self._batches]
         names = [name for name in self._layers if groups.get(name, 0) == width and all(name in each for each in found)]
         return {name: [each[name] for each in found] for name in names}
+
+    def _uniform(self, width: int) -> dict[str, int]:
+        """The groups of a graph packed to `width`, as far as that is tried."""
+        found = uniform(self._layers, width)
+        return {name: each for name, each in found.items() if _is_tried(self._layers[name], each)}
 
     def _candidates(self, chosen: dict[str, int], times: Times) -> dict[str, Variant]:
         """The graph of the fastest layers, and the uniform one that their times promise most of."""
@@ -128,10 +132,7 @@ class _Search:
         widths = [width for width in times if width and times[width]]
         if widths:
             best = min(widths, key=lambda width: _promised(self._layers, times, width))
-            groups = {
-                name: each for name, each in uniform(self._layers, best).items() if _is_tried(self._layers[name], each)
-            }
-            found[f"{best} channels in every group"] = Variant(groups)
+            found[f"{best} channels in every group"] = Variant(self._uniform(best))
         return {name: variant for name, variant in found.items() if variant.groups}
 
     def _better(self, now: Variant, others: dict[str, Variant]) -> Variant:
@@ -141,9 +142,8 @@ class _Search:
             return now
         self._say(f"{self._engine}: comparing {', '.join(others)}")
         ways = {"now": now, **others}
-        ratios = _Ways(self._model, self._device, self._batches).contest(
-            {name: (variant, None, self._engine) for name, variant in ways.items()}
-        )
+        whole = {name: (variant, None, self._engine) for name, variant in ways.items()}
+        ratios = _compare(self._model, self._device, self._batches, whole)
         best = min(ratios, key=lambda name: ratios[name].median)
         best = best if ratios[best].faster(WORTH) else "now"
         self._steps += [_step(name, ratios[name], name == best) for name in others]
@@ -201,14 +201,14 @@ def _settings(
     model: ir.Model, device: Device, engine: str, variant: Variant, batches: Sequence[int], say: Say
 ) -> tuple[CpuSettings | None, list[dict[str, Any]]]:
     """An engine's settings, changed one after the other where that is faster; None for an engine that has none."""
-    if engine not in ("onnxruntime", "openvino"):
+    if engine not in ENGINES:
         return None, []
-    now, steps = CpuSettings(engine=engine), []  # type: ignore[arg-type]
+    now, steps = CpuSettings(engine=engine), []
     for what, changes in _alternatives(engine):
         say(f"{engine}: trying {what}")
         other = msgspec.structs.replace(now, **changes)
         ways = {"now": (variant, now, engine), what: (variant, other, engine)}
-        ratio = _Ways(model, device, batches).contest(ways)[what]
+        ratio = _compare(model, device, batches, ways)[what]
         kept = ratio.faster(WORTH)
         now = other if kept else now
         steps.append(_step(what, ratio, kept))

@@ -30,8 +30,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
         claims = {"flavour": flavour.name, "version": VERSIONS[flavour.module], "warnings": [], **options.as_facts()}
         return Plan(make_plan(model, flavour=flavour.module, profiles=profiles), claims)
 
-    for module in (device, retune):
-        monkeypatch.setattr(module, "build_plan", build)
+    monkeypatch.setattr(device, "build_plan", build)
     monkeypatch.setattr(search, "contest", functools.partial(contest.contest, rounds=2))
     monkeypatch.setattr(contest, "TURN_SECONDS", 0.001)
     monkeypatch.setattr(device, "PROFILE_SECONDS", 0.001)
