@@ -16,10 +16,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	BIN=$(abspath $(BIN)) sh demo.sh
 
-# TensorRT-RTX's builder in a process of its own: after the other tests it died once with a segmentation fault there.
 test: setup
-	$(BIN)/pytest --ignore=tests/engines/test_builder.py
-	$(BIN)/pytest tests/engines/test_builder.py
+	$(BIN)/pytest
 
 # Needs Debian's cmake g++ nlohmann-json3-dev libssl-dev libgtest-dev pkg-config. TENSORRT=DIR compiles that backend too.
 cpp-test: setup
