@@ -18,7 +18,7 @@ from rxdeploy.engines.gpu import find_driver
 from rxdeploy.errors import CheckFailed, EnvironmentLacks, first_line, missing_module
 from rxdeploy.runtime.arrays import Array, DeviceView, part_of
 from rxdeploy.runtime.cuda import DeviceArray, Gpu
-from rxdeploy.runtime.denormals import opened
+from rxdeploy.runtime.opening import in_its_own_thread
 from rxdeploy.runtime.shares import LARGEST, Compute, SharedOut, Shares, callers_at_once
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -74,7 +74,7 @@ def open_session(
     providers: dict[str, Any] = {"providers": [(provider, provider_options)], "enable_fallback": 0}
     create = partial(ort.InferenceSession, source, options, **providers)
     try:
-        session = opened(create, settings.denormals_as_zero)
+        session = in_its_own_thread(create) if settings.denormals_as_zero else create()
     except Exception as error:  # ONNX Runtime's exceptions share no base of their own
         if provider == CUDA and type(error).__name__ == "EPFail":
             raise EnvironmentLacks(f"ONNX Runtime's {provider} does not start here: {first_line(error)}") from None

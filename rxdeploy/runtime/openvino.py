@@ -23,7 +23,7 @@ from rxdeploy.engines import bundle as bundles
 from rxdeploy.engines.bundle import Bundle, CpuSettings
 from rxdeploy.errors import CheckFailed, EnvironmentLacks, first_line, missing_module
 from rxdeploy.runtime.arrays import Array
-from rxdeploy.runtime.denormals import opened
+from rxdeploy.runtime.opening import in_its_own_thread
 from rxdeploy.runtime.shares import LARGEST, SharedOut, Shares, callers_at_once
 
 _TELEMETRY = "openvino_telemetry"
@@ -85,7 +85,7 @@ def compile_model(model: Any, settings: CpuSettings | None = None, streams: int 
         "PERF_COUNT": profile,
     }
     try:
-        return opened(partial(_core().compile_model, model, "CPU", properties), settings.denormals_as_zero)
+        return in_its_own_thread(partial(_core().compile_model, model, "CPU", properties))
     except RuntimeError as error:
         raise CheckFailed(f"OpenVINO cannot compile the model: {_reason(error)}") from None
 

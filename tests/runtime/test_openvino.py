@@ -458,6 +458,25 @@ assert session.run(image).shape == (1, {CLASSES})
     assert done.returncode == 0, done.stderr
 
 
+def test_signals_reach_their_handlers(digits_bundle: Bundles, tmp_path: Path) -> None:
+    """OpenVINO gives the thread that opens a model a stack for signals, and takes back one that is still in use."""
+    code = f"""
+import os, signal, numpy, rxdeploy
+image = numpy.zeros((1, {SIZE}, {SIZE}, 3), numpy.uint8)
+sessions = [rxdeploy.load({str(digits_bundle("fp32"))!r}, "openvino") for _ in range(3)]
+for session in sessions:
+    session.run(image)
+    session.close()
+del session, sessions
+came = []
+signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+os.kill(os.getpid(), signal.SIGINT)
+assert came == [signal.SIGINT]
+"""
+    done = process(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
 # What is missing or broken
 
 
