@@ -272,7 +272,7 @@ def _openvino_times(
     bundle = session.bundle
     images = sample_images(bundle.manifest, batch)
     model = openvino.of_size(openvino.read_model(bundle.file(bundles.MODEL)), batch)
-    compiled = openvino.compile_model(model, engine.settings, profile=True)
+    compiled = openvino.compile_model(model, engine.settings_for(batch), profile=True)
     requests = openvino.Requests(compiled, 1)
     timed = timer(lambda: requests.run(images))
     warm = [timed() for _ in range(_WARM_UP_RUNS)]

@@ -95,6 +95,7 @@ class CpuSettings(_Part, kw_only=True, frozen=True):
     engine: Literal["onnxruntime", "openvino"] = "onnxruntime"
     threads: int = 0  # that compute a node together; 0: one a core
     sessions: int = 1  # that a batch is split over, each with `threads`
+    split_from: int = 0  # OpenVINO: smaller batches are not split, but computed by all of these threads together
     spinning: bool = True  # ONNX Runtime: threads wait for each other busily
     arena: bool = True  # ONNX Runtime: memory is kept from one run to the next
     denormals_as_zero: bool = False

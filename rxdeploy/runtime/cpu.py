@@ -66,7 +66,7 @@ def choose(tuning: Tuning | None, engine: EngineName | None = None) -> Chosen:
         way_out = f"pip install 'rxdeploy[{EXTRA_OF_MODULE[found.engine]}]' adds it"
         return plain._replace(remark=f"; it is tuned to {ENGINES[found.engine]}, which is not installed: {way_out}")
     if (here := len(os.sched_getaffinity(0))) != tuning.cores:
-        untuned = msgspec.structs.replace(found, threads=0, sessions=1)
+        untuned = msgspec.structs.replace(found, threads=0, sessions=1, split_from=0)
         return Chosen(untuned, tuning.batch, f"; its threads were tuned on {tuning.cores} core(s), here are {here}")
     return Chosen(found, tuning.batch)
 
@@ -74,8 +74,9 @@ def choose(tuning: Tuning | None, engine: EngineName | None = None) -> Chosen:
 def in_words(settings: CpuSettings) -> str:
     """How settings differ from plain ones, in parentheses; nothing where they do not."""
     threads = f"{settings.threads} thread(s)" if settings.threads else "a thread a core"
+    begin = f" for {settings.split_from} images or more" if settings.split_from else ""
     found = {
-        f"{settings.sessions} session(s) of {threads}": settings.sessions > 1 or settings.threads,
+        f"{settings.sessions} session(s) of {threads}{begin}": settings.sessions > 1 or settings.threads,
         "no spinning": not settings.spinning,
         "no arena": not settings.arena,
         "denormals as zero": settings.denormals_as_zero,

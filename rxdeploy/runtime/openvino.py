@@ -142,7 +142,7 @@ class Requests:
             self._idle.put(request)
 
 
-class OpenVinoEngine(SharedOut["_Models"]):
+class OpenVinoEngine(SharedOut["_Ways"]):
     """A bundle's model on OpenVINO: `run` and `map` for host arrays that were checked already. Thread-safe.
 
     `sizes` are batch sizes to be ready for, as `prepare` makes it; `callers` batches are computed at once, each from
@@ -158,11 +158,21 @@ class OpenVinoEngine(SharedOut["_Models"]):
     ) -> None:
         self.settings = settings or CpuSettings(engine="openvino")
         self._bundle = bundle
-        models = _Models(bundle, self.settings, self.settings.sessions * callers)
-        shares = Shares([models.compute] * self.settings.sessions, self.largest, bundle.manifest.num_classes)
-        self._held = shares, models
+        model, split_from = _read(bundle), self.settings.split_from
+        split = _Models(model, self.settings, self.settings.sessions * callers)
+        whole = _Models(model, self.settings_for(0), callers) if split_from else split
+        self._held = (
+            Shares(
+                [split.compute] * self.settings.sessions,
+                self.largest,
+                bundle.manifest.num_classes,
+                whole.compute if split_from else None,
+                split_from,
+            ),
+            _Ways(whole, split),
+        )
         self.prepare(sizes)
-        models.check()
+        split.check()
         self.description = f"OpenVINO {import_openvino().__version__.partition('-')[0]} on CPU"
 
     def run(self, images: Array, out: Array | None, stream: int | None) -> NDArray[np.float32] | None:
@@ -170,10 +180,18 @@ class OpenVinoEngine(SharedOut["_Models"]):
         assert isinstance(images, np.ndarray) and (out is None or isinstance(out, np.ndarray))  # there is no device
         return self._open()[0].run(images, out)
 
+    def settings_for(self, images: int) -> CpuSettings:
+        """Those for batches of so many images."""
+        found = self.settings
+        if images >= found.split_from:
+            return found
+        return msgspec.structs.replace(found, threads=found.threads * found.sessions, sessions=1, split_from=0)
+
     def prepare(self, sizes: Iterable[int]) -> None:
         """Compile the model once more for each of these batch sizes, which makes them faster and takes memory."""
-        shares, models = self._open()
+        shares, ways = self._open()
         for images in sizes:
+            models = ways.whole if images < self.settings.split_from else ways.split
             for size in shares.sizes(images):
                 models.compile(size)
 
@@ -185,27 +203,30 @@ class OpenVinoEngine(SharedOut["_Models"]):
         callers = callers_at_once(self._bundle.manifest)
         if callers == 1:
             return self, 1
-        settings = msgspec.structs.replace(self.settings, threads=1, sessions=1)
+        settings = msgspec.structs.replace(self.settings, threads=1, sessions=1, split_from=0)
         return OpenVinoEngine(self._bundle, settings, callers=callers), callers
 
 
+def _read(bundle: Bundle) -> Any:
+    if not bundle.manifest.for_integers:
+        # With its undocumented switch for that, 2026.4 gave logits 200 times too large on two streams.
+        raise EnvironmentLacks(
+            f"bundle {bundle.path}: its Q/DQ nodes are placed for TensorRT, between which OpenVINO would compute "
+            "in integers, which saturate on many CPUs; pip install 'rxdeploy[cpu]' adds ONNX Runtime, which "
+            "computes there in floating point, or build the bundle with --target onnxruntime"
+        )
+    return read_model(bundle.file(bundles.MODEL))
+
+
 class _Models:
-    """A bundle's model, compiled for single batch sizes and, once it is needed, for any.
+    """A model, compiled for single batch sizes and, once it is needed, for any.
 
     For any size, OpenVINO plans anew what it computes when the size is another than before, and leaves some
     optimisations out.
     """
 
-    def __init__(self, bundle: Bundle, settings: CpuSettings, streams: int) -> None:
-        if not bundle.manifest.for_integers:
-            # With its undocumented switch for that, 2026.4 gave logits 200 times too large on two streams.
-            raise EnvironmentLacks(
-                f"bundle {bundle.path}: its Q/DQ nodes are placed for TensorRT, between which OpenVINO would compute "
-                "in integers, which saturate on many CPUs; pip install 'rxdeploy[cpu]' adds ONNX Runtime, which "
-                "computes there in floating point, or build the bundle with --target onnxruntime"
-            )
-        self._model = read_model(bundle.file(bundles.MODEL))
-        self._settings, self._streams = settings, streams
+    def __init__(self, model: Any, settings: CpuSettings, streams: int) -> None:
+        self._model, self._settings, self._streams = model, settings, streams
         self._lock = threading.Lock()
         self._compiled: dict[int | None, Requests] = {}  # by batch size; None: any
 
@@ -227,6 +248,13 @@ class _Models:
         """CheckFailed when it cannot be compiled, which is then not found out by the first batch."""
         if not self._compiled:
             self.compile(None)
+
+
+class _Ways(NamedTuple):
+    """For the batches that all threads compute together, and for those that are split."""
+
+    whole: _Models
+    split: _Models
 
 
 def of_size(model: Any, images: int) -> Any:

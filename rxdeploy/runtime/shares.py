@@ -31,20 +31,32 @@ class Shares:
 
     A share has at most `largest` images. With one session the caller computes them all; with several, a share goes to
     whoever is free: the caller or the threads kept for it, which are one fewer than the sessions. Thread-safe.
+
+    With `whole`, batches of fewer than `split_from` images are not for the sessions: it computes them.
     """
 
-    def __init__(self, computes: Sequence[Compute], largest: int, classes: int) -> None:
+    def __init__(
+        self,
+        computes: Sequence[Compute],
+        largest: int,
+        classes: int,
+        whole: Compute | None = None,
+        split_from: int = 0,
+    ) -> None:
         self._computes, self._largest, self._classes = tuple(computes), largest, classes
+        self._whole = (whole,) if whole else self._computes
+        self._split_from = split_from
         self._first = itertools.count()  # whose turn it is: small batches of several callers are not all the first's
         helpers = len(self._computes) - 1
         self._pool = ThreadPoolExecutor(helpers, "rxdeploy-share") if helpers else None
 
     def run(self, images: NDArray, out: NDArray | None = None) -> NDArray[np.float32] | None:
         """Logits of `images`; into `out` when given, and then that is not returned."""
-        sessions, size = len(self._computes), self._size(len(images))
+        computes, size = self._computes_for(len(images)), self._size(len(images))
+        sessions = len(computes)
         first = next(self._first) % sessions
         if out is None and len(images) <= size:
-            return self._computes[first](images)
+            return computes[first](images)
         result = np.empty((len(images), self._classes), np.float32) if out is None else out
         waiting = deque(slice(begin, begin + size) for begin in range(0, len(images), size))
 
@@ -56,10 +68,10 @@ class Shares:
                     waiting.clear()
                     raise
 
-        others = [self._computes[(first + n) % sessions] for n in range(1, min(sessions, len(waiting)))]
+        others = [computes[(first + n) % sessions] for n in range(1, min(sessions, len(waiting)))]
         helping = self._helping(work, others)
         try:
-            work(self._computes[first])
+            work(computes[first])
         finally:
             waiting.clear()
             # Who has not begun is not needed any more; who has, still reads the images and writes the result.
@@ -86,8 +98,11 @@ class Shares:
         if self._pool is not None:
             self._pool.shutdown()
 
+    def _computes_for(self, images: int) -> tuple[Compute, ...]:
+        return self._whole if images < self._split_from else self._computes
+
     def _size(self, images: int) -> int:
-        return min(self._largest, max(1, -(-images // len(self._computes))))
+        return min(self._largest, max(1, -(-images // len(self._computes_for(images)))))
 
     def _helping(self, work: Callable[[Compute], None], computes: Sequence[Compute]) -> list[Future[None]]:
         futures: list[Future[None]] = []

@@ -204,23 +204,34 @@ def _settings(
     if engine not in ENGINES:
         return None, []
     now, steps = CpuSettings(engine=engine), []
-    for what, changes in _alternatives(engine):
-        say(f"{engine}: trying {what}")
+    for what, changes in _alternatives(engine, batches):
         other = msgspec.structs.replace(now, **changes)
+        split_from = changes.get("split_from", 0)
+        if split_from and now.sessions > 1:
+            continue  # so are smaller ones already
+        say(f"{engine}: trying {what}")
         ways = {"now": (variant, now, engine), what: (variant, other, engine)}
-        ratio = _compare(model, device, batches, ways)[what]
+        ratio = _compare(model, device, [batch for batch in batches if batch >= split_from], ways)[what]
         kept = ratio.faster(WORTH)
         now = other if kept else now
         steps.append(_step(what, ratio, kept))
     return now, steps
 
 
-def _alternatives(engine: str) -> list[tuple[str, dict[str, Any]]]:
+def _alternatives(engine: str, batches: Sequence[int]) -> list[tuple[str, dict[str, Any]]]:
     many = cores()
     found: list[tuple[str, dict[str, Any]]] = []
     if many > 1:
         found.append(("a batch split over one-threaded sessions", {"sessions": many, "threads": 1}))
-        found.append(("one thread less than cores", {"threads": many - 1, "sessions": 1}))
+        if engine == "openvino":
+            found += [
+                (
+                    f"batches of {batch} or more split over one-threaded sessions",
+                    {"sessions": many, "threads": 1, "split_from": batch},
+                )
+                for batch in sorted(batches)[1:]
+            ]
+        found.append(("one thread less than cores", {"threads": many - 1, "sessions": 1, "split_from": 0}))
     if engine == "onnxruntime":
         found += [("threads that sleep instead of spinning", {"spinning": False}), ("no arena", {"arena": False})]
     return [*found, ("denormals as zero", {"denormals_as_zero": True})]

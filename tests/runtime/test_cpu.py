@@ -27,6 +27,7 @@ from rxdeploy.runtime.openvino import OpenVinoEngine
 SIZE = 64
 CORES = 6  # that this machine is said to have
 SPLIT = CpuSettings(engine="openvino", threads=1, sessions=2, denormals_as_zero=True)
+SPLIT_FROM = CpuSettings(engine="openvino", threads=1, sessions=2, split_from=8)
 SLEEPY = CpuSettings(threads=3, spinning=False, arena=False)
 OPENVINO = importlib.util.find_spec("openvino") is not None
 Bundles = Callable[..., Path]
@@ -120,6 +121,7 @@ def test_on_another_number_of_cores_the_threads_are_not_followed(
     settings, sizes, remark = choose(tuning(SPLIT, cores))
     assert settings == CpuSettings(engine="openvino", denormals_as_zero=True) and sizes == (1, 4)
     assert f"tuned on {cores} core(s), here are {CORES}" in remark
+    assert choose(tuning(SPLIT_FROM, cores)).settings == CpuSettings(engine="openvino")
     assert choose(tuning(SLEEPY, cores)).settings == CpuSettings(spinning=False, arena=False)
 
 
@@ -130,6 +132,7 @@ def test_on_another_number_of_cores_the_threads_are_not_followed(
         (CpuSettings(engine="openvino"), ""),
         (SPLIT, " (2 session(s) of 1 thread(s), denormals as zero)"),
         (SLEEPY, " (1 session(s) of 3 thread(s), no spinning, no arena)"),
+        (SPLIT_FROM, " (2 session(s) of 1 thread(s) for 8 images or more)"),
         (CpuSettings(sessions=4), " (4 session(s) of a thread a core)"),
     ],
 )
@@ -160,7 +163,7 @@ def test_a_session_follows_a_tuning_to_openvino(digits_bundle: Bundles, images: 
         assert session.device == "cpu" and session.gpu is None
         assert session.description.startswith("OpenVINO 2")
         assert session.description.endswith(" on CPU (2 session(s) of 1 thread(s), denormals as zero)")
-        assert set(session.engine._held[1]._compiled) == {2}  # ready for the size that it was tuned to
+        assert set(session.engine._held[1].split._compiled) == {2}  # ready for the size that it was tuned to
         found = session.run(images)
     with open_session(tuned(digits_bundle("fp32"), SPLIT), "onnxruntime") as session:
         assert isinstance(session.engine, OnnxEngine) and session.engine.settings == CpuSettings()

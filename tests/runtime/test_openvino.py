@@ -149,7 +149,16 @@ def test_the_declared_float_input(digits_bundle: Bundles, images: NDArray, devic
 # Batches
 
 
-@pytest.mark.parametrize("settings", [{}, {"threads": 1}, {"threads": 1, "sessions": 2}, {"sessions": 3}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"threads": 1},
+        {"threads": 1, "sessions": 2},
+        {"sessions": 3},
+        {"threads": 1, "sessions": 2, "split_from": 5},
+    ],
+)
 @pytest.mark.parametrize("sizes", [(), (1, 5)])
 def test_every_batch_size_gives_the_same_logits(
     engine: Callable[..., OpenVinoEngine], images: NDArray, settings: dict[str, Any], sizes: tuple[int, ...]
@@ -227,7 +236,7 @@ def test_images_are_read_where_they_are(
         seen.append(made.data.ctypes.data)
         return made
 
-    requests = opened._held[1]._compiled[None]  # type: ignore[index]
+    requests = opened._held[1].split._compiled[None]  # type: ignore[index]
     monkeypatch.setattr(requests, "_tensor", tensor)
     own = images.copy()
     opened.run(own, None, None)
@@ -238,7 +247,7 @@ def test_images_are_read_where_they_are(
 def test_a_prepared_size_has_a_model_of_its_own(engine: Callable[..., OpenVinoEngine], images: NDArray) -> None:
     opened = engine(threads=1, sessions=2)
     opened.prepare([8, 5])
-    models = opened._held[1]._compiled  # type: ignore[index]
+    models = opened._held[1].split._compiled  # type: ignore[index]
     assert set(models) == {None, 4, 3, 2}  # what the two sessions get of 8, and of 5
     before = dict(models)
     opened.prepare([8])
@@ -251,11 +260,29 @@ def test_a_prepared_size_has_a_model_of_its_own(engine: Callable[..., OpenVinoEn
     assert sorted(ran[:2]) == [4, 4] and sorted(ran[2:4]) == [2, 3] and ran[4:] == [None]
 
 
+def test_small_batches_have_all_threads_where_only_large_ones_are_split(
+    engine: Callable[..., OpenVinoEngine], images: NDArray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled, real = [], module.compile_model
+
+    def compiling(model: Any, settings: CpuSettings, streams: int) -> Any:
+        compiled.append((int(model.input().partial_shape[0].max_length), settings.threads, streams))
+        return real(model, settings, streams)
+
+    monkeypatch.setattr(module, "compile_model", compiling)
+    opened = engine(threads=1, sessions=2, split_from=8, sizes=(1, 8))
+    assert compiled == [(1, 2, 1), (4, 1, 2)]
+    assert opened.settings_for(7) == CpuSettings(engine="openvino", threads=2)
+    assert opened.settings_for(8) == opened.settings
+    requests, _ = opened.for_requests()
+    assert requests.settings.split_from == 0
+
+
 def test_of_prepared_sizes_alone_any_other_is_compiled_when_it_comes(
     engine: Callable[..., OpenVinoEngine], images: NDArray
 ) -> None:
     opened = engine(sizes=(4,))
-    models = opened._held[1]._compiled  # type: ignore[index]
+    models = opened._held[1].split._compiled  # type: ignore[index]
     assert set(models) == {4}
     np.testing.assert_allclose(
         opened.run(images[:5], None, None)[:4], opened.run(images[:4], None, None), rtol=1e-4, atol=1e-4
@@ -288,7 +315,7 @@ def test_many_threads_share_an_engine(
 
 def test_requests_are_neither_lost_nor_made_anew(engine: Callable[..., OpenVinoEngine], images: NDArray) -> None:
     opened = engine()
-    requests = opened._held[1]._compiled[None]  # type: ignore[index]
+    requests = opened._held[1].split._compiled[None]  # type: ignore[index]
     count = requests._idle.qsize()
     assert count == 2
     for bad in (np.zeros((2, 8, 8, 3), np.uint8), np.zeros((1, SIZE, SIZE, 3), np.float32)):

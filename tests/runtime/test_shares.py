@@ -74,6 +74,18 @@ def test_sessions_compute_at_the_same_time() -> None:
     shares.close()
 
 
+@pytest.mark.parametrize(("images", "whole"), [(1, True), (4, True), (5, False), (9, False)])
+def test_batches_below_a_size_are_left_to_one(images: int, whole: bool) -> None:
+    split, one = Computes(2), Computes(1)
+    shares = Shares(split.all(), 3, 3, *one.all(), split_from=5)
+    found = shares.run(numbers(images))
+    assert found is not None
+    np.testing.assert_array_equal(found[:, 0], np.arange(images) + 100)
+    mine, others = (one, split) if whole else (split, one)
+    assert set(mine.sizes) == shares.sizes(images) and sum(mine.sizes) == images and not others.sizes
+    shares.close()
+
+
 def test_single_images_go_to_the_sessions_in_turn() -> None:
     computes = Computes(3)
     shares = Shares(computes.all(), 64, 3)

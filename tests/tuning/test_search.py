@@ -156,6 +156,24 @@ def test_settings_are_taken_where_they_gain(run: Callable[..., Found]) -> None:
     assert run(device).settings == CpuSettings(spinning=False)
 
 
+def test_large_batches_are_split_where_only_they_gain(
+    run: Callable[..., Found], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(searching, "cores", lambda: 2)
+    device = Simulated(lambda engine, name, width: 0.01, "openvino")
+
+    def slower(settings: CpuSettings | None) -> float:
+        split = settings is not None and settings.sessions > 1
+        # Split, small batches take twice as long, and there would be none.
+        return 1.0 if not split else 0.95 if settings.split_from else 2.0  # type: ignore[union-attr]
+
+    device.slower = slower
+    found = run(device)
+    assert found.settings == CpuSettings(engine="openvino", threads=1, sessions=2, split_from=8)
+    steps = {step["what"]: step["seconds_over_before"]["median"] for step in found.report["settings"]}
+    assert steps["batches of 8 or more split over one-threaded sessions"] == pytest.approx(0.95)
+
+
 def test_widths_by_hand(model: ir.Model) -> None:
     layers = grouped(model)
     first, second, *_ = layers
