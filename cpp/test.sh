@@ -23,11 +23,16 @@ export RXDEPLOY_ONNXRUNTIME RXDEPLOY_TEST_BUNDLE
 "$python" -m rxdeploy build digits_resnext14_8x8d --fp32 --target onnxruntime -o "$RXDEPLOY_TEST_BUNDLE"
 
 for preset; do
+    library=$PWD/build/$preset/librxdeploy.so
     cmake --preset "$preset" -DRXDEPLOY_ONNXRUNTIME_ROOT="$headers" -DRXDEPLOY_TENSORRT_ROOT="${TENSORRT:-}"
     cmake --build --preset "$preset" --parallel "$(nproc)"
     ctest --preset "$preset" --parallel "$(nproc)"
+    tests=tests/cpp/test_service.py
+    [ "$preset" != release ] || tests=tests/cpp
+    (cd .. && RXDEPLOY_CPP_LIBRARY=$library "$python" -m pytest "$tests")
+    [ -x "build/$preset/examples/service" ] ||
+        echo "cpp/test.sh: the example service was NOT BUILT (libcpp-httplib-dev and libjpeg-dev are missing)"
     if [ "$preset" = release ]; then
-        (cd .. && RXDEPLOY_CPP_LIBRARY=$PWD/cpp/build/release/librxdeploy.so "$python" -m pytest tests/cpp)
         build/release/bench/soak "$RXDEPLOY_TEST_BUNDLE" 100000
     fi
 done

@@ -4,7 +4,8 @@
  * rxdeploy_last_error() of the same thread. No exception leaves the library. Text is UTF-8; a `const char *` that is
  * returned belongs to the library, and to the session it was asked of.
  *
- * A session may be used by any number of threads at once, except by rxdeploy_free, which must be the last.
+ * A session may be used by any number of threads at once, except by rxdeploy_free, which must be the last. In a process
+ * that was forked from the one that opened it, its calls and its requests' fail with RXDEPLOY_CLOSED.
  */
 #ifndef RXDEPLOY_H
 #define RXDEPLOY_H
@@ -82,7 +83,10 @@ typedef struct rxdeploy_options {
     size_t workers;                 /* threads that compute batches; 0: what suits bundle and machine */
 } rxdeploy_options;
 
-RXDEPLOY_API void rxdeploy_options_init(rxdeploy_options *options);
+/* `size` is sizeof(rxdeploy_options), as this program was compiled, which the macro gives: a later library may know a
+ * longer struct, and writes no more than that. */
+RXDEPLOY_API void rxdeploy_options_init(rxdeploy_options *options, size_t size);
+#define rxdeploy_options_init(options) rxdeploy_options_init((options), sizeof(rxdeploy_options))
 
 /* Open the bundle at `path`, check every digest, and get it ready to run. `options` may be NULL.
  * RXDEPLOY_INPUT_ERROR for a bundle that is none or was altered; RXDEPLOY_ENVIRONMENT_LACKS, with the reason, for a
@@ -108,6 +112,7 @@ typedef struct rxdeploy_info {
 } rxdeploy_info;
 
 RXDEPLOY_API rxdeploy_status rxdeploy_get_info(const rxdeploy_session *session, rxdeploy_info *info);
+/* These are NULL only when `session` is. */
 RXDEPLOY_API const char *rxdeploy_model(const rxdeploy_session *session);     /* the card's name */
 RXDEPLOY_API const char *rxdeploy_precision(const rxdeploy_session *session); /* "fp32", "fp16" or "int8" */
 RXDEPLOY_API const char *rxdeploy_device(const rxdeploy_session *session);    /* "cpu" or "tensorrt" */
@@ -139,7 +144,8 @@ typedef struct rxdeploy_prediction {
 } rxdeploy_prediction;
 
 /* The `k` most probable classes of each row of `logits`, best first, equal logits in the order of the classes.
- * `predictions` has room for n * k; where k is more than there are classes, the rest of a row has index SIZE_MAX. */
+ * `predictions` has room for n * k; where k is more than there are classes, the rest of a row has index SIZE_MAX.
+ * RXDEPLOY_CHECK_FAILED when a logit is not finite. */
 RXDEPLOY_API rxdeploy_status rxdeploy_top(const rxdeploy_session *session, const float *logits, size_t n, size_t k,
                                           rxdeploy_prediction *predictions);
 
@@ -195,11 +201,14 @@ typedef struct rxdeploy_submit_options {
     void *user;                 /* for the callback */
 } rxdeploy_submit_options;
 
-RXDEPLOY_API void rxdeploy_submit_options_init(rxdeploy_submit_options *options);
+RXDEPLOY_API void rxdeploy_submit_options_init(rxdeploy_submit_options *options, size_t size); /* as the other one */
+#define rxdeploy_submit_options_init(options) \
+    rxdeploy_submit_options_init((options), sizeof(rxdeploy_submit_options))
 
 /* Queue one uint8 image (image_size, image_size, 3), of which a copy is made. `options` may be NULL. `request` gets a
  * handle to wait with, which is to be freed; it may be NULL where there is a callback. When this does not return
- * RXDEPLOY_OK there is no request, and no call of the callback. */
+ * RXDEPLOY_OK there is no request, and no call of the callback. In a callback of the session's it does not wait for
+ * room, which that very thread makes: a full queue is RXDEPLOY_REJECTED then. */
 RXDEPLOY_API rxdeploy_status rxdeploy_submit(rxdeploy_session *session, const uint8_t *image,
                                              const rxdeploy_submit_options *options, rxdeploy_request **request);
 

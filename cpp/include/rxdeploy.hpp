@@ -113,6 +113,8 @@ class Request {
   public:
     // Whether it is done, waited for this long.
     bool wait(double timeout_s = std::numeric_limits<double>::infinity()) const {
+        if (timeout_s != timeout_s) throw InputError("timeout_s must be a number");
+        if (!handle_) throw InputError("the request was moved elsewhere");
         return rxdeploy_request_wait(handle_.get(), timeout_s, nullptr) != RXDEPLOY_PENDING;
     }
     bool wait_for(std::chrono::duration<double> timeout) const { return wait(timeout.count()); }

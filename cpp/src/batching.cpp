@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cmath>
 #include <cstring>
+#include <new>
 #include <system_error>
 
 #include "error.h"
@@ -37,11 +38,15 @@ class Queue {
     void put(const std::shared_ptr<Request> &request, double timeout) {
         std::unique_lock lock(mutex_);
         if (closed_) closed(CLOSED);
-        if (waiting_.size() < size_) {
-            append(request);
-        } else if (!rejects_) {
-            request->where = Request::Where::outside;
-            request->place = outside_.insert(outside_.end(), request);
+        if (waiting_.size() < size_ || !rejects_) {
+            Requests alone{request};  // all the memory that it takes to be queued, at this end or that
+            request->place = alone.begin();
+            if (waiting_.size() < size_) {
+                append(alone);
+            } else {
+                request->where = Request::Where::outside;
+                outside_.splice(outside_.end(), alone);
+            }
         }
         if (request->expires < expiry_) {
             expiry_ = request->expires;
@@ -90,14 +95,18 @@ class Queue {
         expiry_ = FOREVER;
         for (Requests *place : {&waiting_, &outside_})
             for (auto it = place->begin(); it != place->end();) {
-                const std::shared_ptr<Request> request = *it++;
-                if (request->expires > moment) {
-                    expiry_ = std::min(expiry_, request->expires);
+                const auto here = it++;
+                if ((*here)->expires > moment) {
+                    expiry_ = std::min(expiry_, (*here)->expires);
                 } else {
-                    late.push_back(request);
-                    take_out(request, false);
+                    (*here)->where = Request::Where::nowhere;
+                    late.splice(late.end(), *place, here);
                 }
             }
+        if (!late.empty()) {
+            metrics_->queue_depth(waiting_.size());
+            room_.notify_all();
+        }
         admit();
         return true;
     }
@@ -132,9 +141,11 @@ class Queue {
                                                                "session with a larger queue_size");
     }
 
-    void append(const std::shared_ptr<Request> &request) {
+    // The first of `from` waits now. Nodes are moved, here and below: a worker must not fail for want of memory.
+    void append(Requests &from) {
+        const std::shared_ptr<Request> &request = from.front();
         request->where = Request::Where::waiting;
-        request->place = waiting_.insert(waiting_.end(), request);
+        waiting_.splice(waiting_.end(), from, from.begin());
         metrics_->queue_depth(waiting_.size());
         // A worker is woken for the first request and for a complete batch, not for each between.
         if (request->start_by < look_) {
@@ -148,15 +159,13 @@ class Queue {
     void admit() {
         bool admitted = false;
         while (!outside_.empty() && waiting_.size() < size_ && !closed_) {
-            const std::shared_ptr<Request> request = outside_.front();
-            outside_.pop_front();
-            append(request);
+            append(outside_);
             admitted = true;
         }
         if (admitted) room_.notify_all();
     }
 
-    void take_out(const std::shared_ptr<Request> &request, bool admits = true) {
+    void take_out(const std::shared_ptr<Request> &request) {
         if (request->where == Request::Where::outside) {
             outside_.erase(request->place);
             room_.notify_all();
@@ -165,7 +174,7 @@ class Queue {
             metrics_->queue_depth(waiting_.size());
         }
         request->where = Request::Where::nowhere;
-        if (admits) admit();
+        admit();
     }
 
     // How long until a batch starts, as things are; sets when to look again.
@@ -232,26 +241,30 @@ bool Request::cancel() {
     return true;
 }
 
-void Request::settle(const float *logits, std::size_t classes) {
+void Request::settle(const float *logits) {
     std::unique_lock lock(mutex_);
-    logits_.assign(logits, logits + classes);
+    std::copy_n(logits, logits_.size(), logits_.begin());
     hand_over(std::move(lock), RXDEPLOY_OK, "");
 }
 
-void Request::settle(rxdeploy_status status, const std::string &message) {
+void Request::settle(rxdeploy_status status, const char *message) {
     hand_over(std::unique_lock(mutex_), status, message);
 }
 
-void Request::hand_over(std::unique_lock<std::mutex> lock, rxdeploy_status status, std::string message) {
+void Request::hand_over(std::unique_lock<std::mutex> lock, rxdeploy_status status, const char *message) {
     status_ = status;
-    message_ = std::move(message);
+    try {
+        message_ = message;
+    } catch (const std::bad_alloc &) {
+        message_ = "out of memory";  // short enough for std::string to hold without any
+    }
     state_ = State::done;
     lock.unlock();
     done_.notify_all();
     // What is read here is not written any more.
     const bool ok = status == RXDEPLOY_OK;
     if (callback_)
-        callback_(user_, status, ok ? logits_.data() : nullptr, logits_.size(), ok ? nullptr : message_.c_str());
+        callback_(user_, status, ok ? logits_.data() : nullptr, ok ? logits_.size() : 0, ok ? nullptr : message_.c_str());
 }
 
 // The batcher
@@ -260,16 +273,25 @@ Batcher::Batcher(Run run, std::size_t image_bytes, std::size_t classes, const Ba
                  std::shared_ptr<Metrics> metrics, std::size_t workers)
     : run_(std::move(run)), image_bytes_(image_bytes), classes_(classes), delay_(batching.max_delay_s),
       metrics_(std::move(metrics)), queue_(std::make_shared<Queue>(batching, metrics_)) {
-    const std::lock_guard lock(threads_mutex_);
+    std::unique_lock lock(threads_mutex_);
+    const auto end = [&] {
+        queue_->close(false);
+        for (std::thread &thread : threads_) thread.join();
+    };
     try {
+        // And one that watches deadlines. Room first: a thread that is nowhere noted cannot be joined.
+        threads_.reserve(workers + 1);
+        own_.reserve(workers + 1);
         for (std::size_t i = 0; i < workers; ++i) {
             threads_.emplace_back(&Batcher::work, this);
             own_.push_back(threads_.back().get_id());
         }
     } catch (const std::system_error &error) {
-        queue_->close(false);
-        for (std::thread &thread : threads_) thread.join();
+        end();
         lacks(std::string("batching: a thread cannot be started: ") + error.what());
+    } catch (...) {
+        end();
+        throw;
     }
 }
 
@@ -286,7 +308,7 @@ std::shared_ptr<Request> Batcher::submit(std::vector<std::uint8_t> image, double
     // One that may not wait as long as the others waits half its time: enough is left to start it.
     const double start_by = moment + std::min(delay_, deadline / 2);
     auto request =
-        std::make_shared<Request>(std::move(image), moment, start_by, moment + deadline, callback, user);
+        std::make_shared<Request>(std::move(image), classes_, moment, start_by, moment + deadline, callback, user);
     request->queue = queue_;
     if (deadline < FOREVER) {
         const std::lock_guard lock(threads_mutex_);
@@ -324,75 +346,88 @@ void Batcher::work() {
     std::vector<std::uint8_t> images;
     std::vector<float> logits;
     while (true) {
-        Requests taken = queue_->next_batch();
-        if (taken.empty()) return;
+        Requests batch = queue_->next_batch();
+        if (batch.empty()) return;
         const double moment = now();
-        std::vector<std::shared_ptr<Request>> batch;
-        for (auto &request : taken) {
-            if (!request->start()) continue;  // cancelled
-            if (request->expires > moment) {
-                batch.push_back(std::move(request));
-            } else {
+        for (auto it = batch.begin(); it != batch.end();) {
+            const auto here = it++;
+            if (!(*here)->start()) {  // cancelled
+                batch.erase(here);
+            } else if (!((*here)->expires > moment)) {
                 metrics_->count_expired();
-                request->settle(RXDEPLOY_DEADLINE_EXCEEDED, EXPIRED);
+                (*here)->settle(RXDEPLOY_DEADLINE_EXCEEDED, EXPIRED);
+                batch.erase(here);
             }
         }
         if (!batch.empty()) serve(batch, images, logits);
     }
 }
 
-void Batcher::serve(std::vector<std::shared_ptr<Request>> &batch, std::vector<std::uint8_t> &images,
-                    std::vector<float> &logits) {
-    const std::size_t n = batch.size();
-    rxdeploy_status status = RXDEPLOY_INTERNAL;
-    std::string message;
+// Run `compute`; when it fails, give `failed` the status and the message. Neither takes memory of its own.
+template <typename Compute, typename Failed>
+static void attempt(Compute compute, Failed failed) {
     try {
+        compute();
+    } catch (const Error &error) {
+        failed(error.status, error.what());
+    } catch (const std::bad_alloc &) {
+        failed(RXDEPLOY_ENVIRONMENT_LACKS, "there is not enough memory for the batch");
+    } catch (const std::exception &error) {
+        failed(RXDEPLOY_INTERNAL, error.what());
+    }
+}
+
+void Batcher::serve(const Requests &batch, std::vector<std::uint8_t> &images, std::vector<float> &logits) {
+    const std::size_t n = batch.size();
+    bool computed = false;
+    const auto compute = [&] {
+        metrics_->record_batch(n);
         logits.resize(n * classes_);
-        const std::uint8_t *gathered = batch[0]->image.data();
+        const std::uint8_t *gathered = batch.front()->image.data();
         if (n > 1) {
             images.resize(n * image_bytes_);
-            for (std::size_t i = 0; i < n; ++i)
-                std::memcpy(&images[i * image_bytes_], batch[i]->image.data(), image_bytes_);
+            std::uint8_t *to = images.data();
+            for (const auto &request : batch) {
+                std::memcpy(to, request->image.data(), image_bytes_);
+                to += image_bytes_;
+            }
             gathered = images.data();
         }
         run_(gathered, n, logits.data());
-        status = RXDEPLOY_OK;
-    } catch (const Error &error) {
-        status = error.status;
-        message = error.what();
-    } catch (const std::bad_alloc &) {
-        status = RXDEPLOY_ENVIRONMENT_LACKS;
-        message = "there is not enough memory for the batch";
-    } catch (const std::exception &error) {
-        message = error.what();
-    }
-    metrics_->record_batch(n);
-    if (status == RXDEPLOY_OK) {
-        const double moment = now();
-        for (std::size_t i = 0; i < n; ++i) {
-            metrics_->record_request(moment - batch[i]->submitted);
-            batch[i]->settle(&logits[i * classes_], classes_);
+        computed = true;
+    };
+    attempt(compute, [&](rxdeploy_status status, const char *message) {
+        if (n > 1 && (status == RXDEPLOY_INPUT_ERROR || status == RXDEPLOY_CHECK_FAILED)) {
+            for (const auto &request : batch) compute_alone(*request, logits.data());
+        } else {
+            metrics_->count_failed(n);
+            for (const auto &request : batch) request->settle(status, message);
         }
-    } else if (n > 1 && (status == RXDEPLOY_INPUT_ERROR || status == RXDEPLOY_CHECK_FAILED)) {
-        for (const auto &request : batch) compute_alone(*request, logits.data());
-    } else {
-        metrics_->count_failed(n);
-        for (const auto &request : batch) request->settle(status, message);
+    });
+    if (!computed) return;
+    const double moment = now();
+    const float *from = logits.data();
+    for (const auto &request : batch) {
+        metrics_->record_request(moment - request->submitted);
+        request->settle(from);
+        from += classes_;
     }
 }
 
 // So that one bad image fails alone.
 void Batcher::compute_alone(Request &request, float *logits) {
-    try {
+    bool computed = false;
+    const auto compute = [&] {
         run_(request.image.data(), 1, logits);
-    } catch (const std::exception &error) {
-        const auto *own = dynamic_cast<const Error *>(&error);
+        computed = true;
+    };
+    attempt(compute, [&](rxdeploy_status status, const char *message) {
         metrics_->count_failed();
-        request.settle(own ? own->status : RXDEPLOY_INTERNAL, error.what());
-        return;
-    }
+        request.settle(status, message);
+    });
+    if (!computed) return;
     metrics_->record_request(now() - request.submitted);
-    request.settle(logits, classes_);
+    request.settle(logits);
 }
 
 // Fails requests at their deadline, also while every worker is busy.

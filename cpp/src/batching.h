@@ -27,10 +27,11 @@ class Queue;
 // One image on its way, and what became of it.
 class Request : public std::enable_shared_from_this<Request> {
   public:
-    Request(std::vector<std::uint8_t> image, double submitted, double start_by, double expires,
+    // Room for the `classes` logits is made here: once it is submitted nothing may fail for want of memory.
+    Request(std::vector<std::uint8_t> image, std::size_t classes, double submitted, double start_by, double expires,
             rxdeploy_callback callback, void *user)
-        : image(std::move(image)), submitted(submitted), start_by(start_by), expires(expires), callback_(callback),
-          user_(user) {}
+        : image(std::move(image)), submitted(submitted), start_by(start_by), expires(expires), logits_(classes),
+          callback_(callback), user_(user) {}
 
     // Wait, `timeout` seconds at most; RXDEPLOY_PENDING when it is not done. `logits` may be null.
     rxdeploy_status wait(double timeout, float *logits, std::string &message);
@@ -39,8 +40,8 @@ class Request : public std::enable_shared_from_this<Request> {
 
     // Of who took it out of the queue, once: whether it is still wanted.
     bool start();
-    void settle(const float *logits, std::size_t classes);
-    void settle(rxdeploy_status status, const std::string &message);
+    void settle(const float *logits);
+    void settle(rxdeploy_status status, const char *message);
 
     std::vector<std::uint8_t> image;
     const double submitted, start_by, expires;
@@ -50,7 +51,7 @@ class Request : public std::enable_shared_from_this<Request> {
     bool refused = false;  // the session was closed while it waited for room; under the queue's lock
 
   private:
-    void hand_over(std::unique_lock<std::mutex> lock, rxdeploy_status status, std::string message);
+    void hand_over(std::unique_lock<std::mutex> lock, rxdeploy_status status, const char *message);
 
     enum class State { waiting, started, done };
     std::mutex mutex_;
@@ -90,7 +91,7 @@ class Batcher {
 
   private:
     void work();
-    void serve(std::vector<std::shared_ptr<Request>> &batch, std::vector<std::uint8_t> &images,
+    void serve(const std::list<std::shared_ptr<Request>> &batch, std::vector<std::uint8_t> &images,
                std::vector<float> &logits);
     void compute_alone(Request &request, float *logits);
     void watch_deadlines();

@@ -17,7 +17,8 @@ namespace {
 constexpr const char *MANIFEST = "manifest.json";
 constexpr const char *LABELS = "labels.txt";
 constexpr std::size_t LONGEST_NAME = 255;
-constexpr off_t LARGEST_TEXT = off_t(1) << 28;  // bytes of a manifest or labels file; more is no such file
+// Bytes; more is no such file. Read, a manifest takes some twenty times its size.
+constexpr off_t LARGEST_MANIFEST = off_t(1) << 24, LARGEST_LABELS = off_t(1) << 28;
 
 std::string reason(int error) { return std::generic_category().message(error); }
 
@@ -33,15 +34,17 @@ class File {
     bool is_open() const { return descriptor_ >= 0; }
     bool status(struct stat &result) const { return ::fstat(descriptor_, &result) == 0; }
 
-    // Give it to `take` piece by piece; the error's number, or 0.
+    // Give it to `take` piece by piece; the error's number, or 0. EFBIG when there is more than `most`: it may grow
+    // while it is read.
     template <typename Take>
-    int read(Take take) const {
+    int read(off_t most, Take take) const {
         std::string block(std::size_t(1) << 20, '\0');
-        while (true) {
+        for (off_t total = 0;;) {
             const ssize_t got = ::read(descriptor_, block.data(), block.size());
             if (got == 0) return 0;
             if (got < 0 && errno == EINTR) continue;
             if (got < 0) return errno;
+            if ((total += got) > most) return EFBIG;
             take(block.data(), static_cast<std::size_t>(got));
         }
     }
@@ -51,20 +54,20 @@ class File {
 };
 
 // All of a text file, or the number of the error that kept it from being read.
-int read_text(const std::string &path, std::string &text) {
+int read_text(const std::string &path, off_t most, std::string &text) {
     const File file(path, O_NONBLOCK);  // opening a pipe would wait for its writer
     struct stat status;
     if (!file.is_open() || !file.status(status)) return errno;
     if (S_ISDIR(status.st_mode)) return EISDIR;
     if (!S_ISREG(status.st_mode)) return EINVAL;
-    if (status.st_size > LARGEST_TEXT) return EFBIG;
-    return file.read([&](const char *data, std::size_t size) { text.append(data, size); });
+    if (status.st_size > most) return EFBIG;
+    return file.read(most, [&](const char *data, std::size_t size) { text.append(data, size); });
 }
 
 Manifest read_manifest(const std::string &path) {
     const std::string where = "bundle " + path;
     std::string data;
-    const int error = read_text(path + "/" + MANIFEST, data);
+    const int error = read_text(path + "/" + MANIFEST, LARGEST_MANIFEST, data);
     if (error == ENOENT || error == ENOTDIR)
         input_error(where + ": not a bundle (there is no " + MANIFEST + "); `rxdeploy build` makes one");
     if (error) input_error(where + ": " + MANIFEST + " cannot be read: " + reason(error));
@@ -96,7 +99,7 @@ void check_file(const std::string &folder, const std::string &name, const FileDi
                     std::to_string(expected.bytes) + "; build the bundle again");
     Sha256 digest;
     if (contents) contents->reserve(static_cast<std::size_t>(expected.bytes));
-    const int error = file.read([&](const char *data, std::size_t size) {
+    const int error = file.read(expected.bytes, [&](const char *data, std::size_t size) {
         digest.update(data, size);
         if (contents) contents->append(data, size);
     });
@@ -149,7 +152,7 @@ std::vector<std::string> Bundle::labels() const {
 
 std::vector<std::string> read_labels(const std::string &path, std::size_t classes) {
     std::string text;
-    const int error = read_text(path, text);
+    const int error = read_text(path, LARGEST_LABELS, text);
     if (error == ENOENT) input_error("labels file " + path + ": no such file");
     if (error) input_error("labels file " + path + ": cannot be read: " + reason(error));
     if (text.compare(0, 3, "\xef\xbb\xbf") == 0) text.erase(0, 3);

@@ -6,6 +6,9 @@
 #include <new>
 #include <thread>
 
+#include <sys/types.h>
+#include <unistd.h>
+
 #include "preprocess.h"
 #include "rxdeploy.h"
 #include "session.h"
@@ -19,6 +22,9 @@ struct rxdeploy_session {
 
 struct rxdeploy_request {
     std::shared_ptr<Request> request;
+    const pid_t process = ::getpid();
+    // In a forked child nobody will compute it, and its locks may be held for ever.
+    bool is_forked() const { return ::getpid() != process; }
 };
 
 namespace {
@@ -56,29 +62,69 @@ void need(const void *pointer, const char *name) {
     if (!pointer) input_error(std::string(name) + " is NULL");
 }
 
-// Structs grow at the end: one of an older program is shorter, and what it lacks keeps its default.
+// Structs grow at the end: one of an older program is shorter, and what it lacks keeps its default; one of a newer
+// program is longer. The shortest are those of RXDEPLOY_ABI 1: what they end with then.
+template <typename Struct>
+constexpr std::size_t SHORTEST = sizeof(Struct);
+constexpr std::size_t LONGEST = 4096;
+
+template <typename Struct>
 void check_size(std::size_t size, const char *name) {
-    if (size < sizeof(std::size_t) || size > 4096)
+    if (size < SHORTEST<Struct> || size > LONGEST)
         input_error(std::string(name) + ".size is " + std::to_string(size) + "; set it to sizeof(" + name + ")");
 }
 
+// Fill a struct of `size` bytes, which is how long the caller's is.
 template <typename Struct>
-Struct read_struct(const Struct *given, void (*init)(Struct *), const char *name) {
-    Struct result;
-    init(&result);
+void fill(Struct *to, const Struct &from, std::size_t size) {
+    std::memset(static_cast<void *>(to), 0, size);
+    std::memcpy(static_cast<void *>(to), &from, std::min(size, sizeof(Struct)));
+    to->size = size;
+}
+
+template <typename Struct>
+Struct read_struct(const Struct *given, const Struct &defaults, const char *name) {
+    Struct result = defaults;
     if (!given) return result;
-    check_size(given->size, name);
+    check_size<Struct>(given->size, name);
+    const auto *bytes = reinterpret_cast<const unsigned char *>(given);
+    for (std::size_t i = sizeof(Struct); i < given->size; ++i)
+        if (bytes[i])
+            input_error(std::string(name) + " asks for what this version of the library (" RXDEPLOY_VERSION
+                        ") does not know; install the one that the program was compiled with");
     std::memcpy(static_cast<void *>(&result), given, std::min(given->size, sizeof(Struct)));
     return result;
 }
 
 template <typename Struct>
-void write_struct(Struct *to, Struct from, const char *name) {
+void write_struct(Struct *to, const Struct &from, const char *name) {
     need(to, name);
-    check_size(to->size, name);
-    const std::size_t size = to->size;
-    from.size = size;
-    std::memcpy(static_cast<void *>(to), &from, std::min(size, sizeof(Struct)));
+    check_size<Struct>(to->size, name);
+    fill(to, from, to->size);
+}
+
+rxdeploy_options default_options() {
+    const Options defaults;
+    rxdeploy_options options{};
+    options.size = sizeof options;
+    options.max_delay_ms = defaults.max_delay_ms;
+    options.queue_size = defaults.queue_size;
+    return options;
+}
+
+rxdeploy_submit_options default_submit_options() {
+    rxdeploy_submit_options options{};
+    options.size = sizeof options;
+    options.deadline_s = options.timeout_s = std::numeric_limits<double>::infinity();
+    return options;
+}
+
+// Text of a session's; NULL, with a message, where there is none.
+template <typename Text>
+const char *text_of(const rxdeploy_session *session, Text text) noexcept {
+    if (session) return text(session->session);
+    fail(RXDEPLOY_INPUT_ERROR, "session is NULL");
+    return nullptr;
 }
 
 char *copied(const std::string &text) {
@@ -133,13 +179,9 @@ const char *rxdeploy_status_name(rxdeploy_status status) {
 
 // A session
 
-void rxdeploy_options_init(rxdeploy_options *options) {
-    if (!options) return;
-    const Options defaults;
-    *options = rxdeploy_options{};
-    options->size = sizeof *options;
-    options->max_delay_ms = defaults.max_delay_ms;
-    options->queue_size = defaults.queue_size;
+// In parentheses: the macro of this name is for callers.
+void (rxdeploy_options_init)(rxdeploy_options *options, size_t size) {
+    if (options && size >= SHORTEST<rxdeploy_options> && size <= LONGEST) fill(options, default_options(), size);
 }
 
 rxdeploy_status rxdeploy_open(const char *path, const rxdeploy_options *options, rxdeploy_session **session) {
@@ -148,7 +190,7 @@ rxdeploy_status rxdeploy_open(const char *path, const rxdeploy_options *options,
         need(path, "path");
         need(session, "session");
         *session = new rxdeploy_session{
-            Session(path, options_of(read_struct(options, rxdeploy_options_init, "rxdeploy_options")))};
+            Session(path, options_of(read_struct(options, default_options(), "rxdeploy_options")))};
     });
 }
 
@@ -185,19 +227,30 @@ rxdeploy_status rxdeploy_get_info(const rxdeploy_session *session, rxdeploy_info
     });
 }
 
-const char *rxdeploy_model(const rxdeploy_session *session) { return session->session.bundle.manifest.model.c_str(); }
-
-const char *rxdeploy_precision(const rxdeploy_session *session) {
-    return session->session.bundle.manifest.precision.c_str();
+const char *rxdeploy_model(const rxdeploy_session *session) {
+    return text_of(session, [](const Session &s) { return s.bundle.manifest.model.c_str(); });
 }
 
-const char *rxdeploy_device(const rxdeploy_session *session) { return session->session.device.c_str(); }
-const char *rxdeploy_description(const rxdeploy_session *session) { return session->session.description.c_str(); }
-const char *rxdeploy_passed_over(const rxdeploy_session *session) { return session->session.passed_over.c_str(); }
+const char *rxdeploy_precision(const rxdeploy_session *session) {
+    return text_of(session, [](const Session &s) { return s.bundle.manifest.precision.c_str(); });
+}
+
+const char *rxdeploy_device(const rxdeploy_session *session) {
+    return text_of(session, [](const Session &s) { return s.device.c_str(); });
+}
+
+const char *rxdeploy_description(const rxdeploy_session *session) {
+    return text_of(session, [](const Session &s) { return s.description.c_str(); });
+}
+
+const char *rxdeploy_passed_over(const rxdeploy_session *session) {
+    return text_of(session, [](const Session &s) { return s.passed_over.c_str(); });
+}
 
 const char *rxdeploy_label(const rxdeploy_session *session, size_t index) {
-    const std::vector<std::string> &labels = session->session.labels;
-    return index < labels.size() ? labels[index].c_str() : nullptr;
+    return text_of(session, [index](const Session &s) {
+        return index < s.labels.size() ? s.labels[index].c_str() : nullptr;
+    });
 }
 
 // Running batches
@@ -242,6 +295,9 @@ rxdeploy_status rxdeploy_top(const rxdeploy_session *session, const float *logit
         if (k < 1) input_error("k is 0; it must be at least 1");
         if (n) need(logits, "logits"), need(predictions, "predictions");
         const std::size_t classes = session->session.bundle.manifest.num_classes;
+        constexpr std::size_t most = PTRDIFF_MAX / sizeof(rxdeploy_prediction);
+        if (n > most / classes || (n && k > most / n))
+            input_error("n is " + std::to_string(n) + " and k " + std::to_string(k) + ", more than memory holds");
         for (std::size_t row = 0; row < n; ++row) top(logits + row * classes, classes, k, predictions + row * k);
     });
 }
@@ -270,11 +326,9 @@ rxdeploy_status rxdeploy_transform(const rxdeploy_frame *frame, size_t image_siz
 
 // Single requests
 
-void rxdeploy_submit_options_init(rxdeploy_submit_options *options) {
-    if (!options) return;
-    *options = rxdeploy_submit_options{};
-    options->size = sizeof *options;
-    options->deadline_s = options->timeout_s = std::numeric_limits<double>::infinity();
+void (rxdeploy_submit_options_init)(rxdeploy_submit_options *options, size_t size) {
+    if (options && size >= SHORTEST<rxdeploy_submit_options> && size <= LONGEST)
+        fill(options, default_submit_options(), size);
 }
 
 rxdeploy_status rxdeploy_submit(rxdeploy_session *session, const uint8_t *image,
@@ -283,7 +337,7 @@ rxdeploy_status rxdeploy_submit(rxdeploy_session *session, const uint8_t *image,
     return guarded([&] {
         need(session, "session");
         need(image, "image");
-        const auto given = read_struct(options, rxdeploy_submit_options_init, "rxdeploy_submit_options");
+        const auto given = read_struct(options, default_submit_options(), "rxdeploy_submit_options");
         if (!request && !given.callback) input_error("request is NULL, and there is no callback either");
         // Made first: once it is submitted nothing may fail any more.
         auto handle = std::make_unique<rxdeploy_request>();
@@ -298,6 +352,7 @@ rxdeploy_status rxdeploy_request_wait(rxdeploy_request *request, double timeout_
     const rxdeploy_status failed = guarded([&] {
         need(request, "request");
         if (std::isnan(timeout_s)) input_error("timeout_s must be a number");
+        if (request->is_forked()) closed("this process was forked from the one that submitted the request");
         std::string message;
         status = request->request->wait(timeout_s, logits, message);
         if (status == RXDEPLOY_PENDING) message = "the request is not done yet";
@@ -310,18 +365,21 @@ int rxdeploy_request_cancel(rxdeploy_request *request) {
     int cancelled = 0;
     guarded([&] {
         need(request, "request");
-        cancelled = request->request->cancel();
+        if (!request->is_forked()) cancelled = request->request->cancel();
     });
     return cancelled;
 }
 
-void rxdeploy_request_free(rxdeploy_request *request) { delete request; }
+void rxdeploy_request_free(rxdeploy_request *request) {
+    if (request && !request->is_forked()) delete request;
+}
 
 // Metrics
 
 rxdeploy_status rxdeploy_get_metrics(const rxdeploy_session *session, rxdeploy_metrics *metrics) {
     return guarded([&] {
         need(session, "session");
+        session->session.check_process();
         rxdeploy_metrics snapshot{};
         session->session.metrics->snapshot(snapshot);
         write_struct(metrics, snapshot, "rxdeploy_metrics");
@@ -332,6 +390,8 @@ rxdeploy_status rxdeploy_metrics_json(const rxdeploy_session *session, char **te
     return guarded([&] {
         need(session, "session");
         need(text, "text");
+        *text = nullptr;
+        session->session.check_process();
         *text = copied(session->session.metrics->json());
     });
 }
@@ -340,6 +400,8 @@ rxdeploy_status rxdeploy_metrics_prometheus(const rxdeploy_session *session, cha
     return guarded([&] {
         need(session, "session");
         need(text, "text");
+        *text = nullptr;
+        session->session.check_process();
         *text = copied(session->session.metrics->prometheus());
     });
 }

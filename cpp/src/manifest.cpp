@@ -14,8 +14,30 @@ namespace {
 
 using nlohmann::json;
 
+// A document. nlohmann's destructors take memory to free what is nested, and end the program where there is none: they
+// are given nothing that is nested.
+struct Document {
+    json top;
+
+    Document() = default;
+    Document(const Document &) = delete;
+    Document &operator=(const Document &) = delete;
+    ~Document() { take_apart(top); }
+
+  private:
+    static void take_apart(json &value) {
+        if (auto *array = value.get_ptr<json::array_t *>()) {
+            for (json &part : *array) take_apart(part);
+            array->clear();
+        } else if (auto *object = value.get_ptr<json::object_t *>()) {
+            for (auto &part : *object) take_apart(part.second);
+            object->clear();
+        }
+    }
+};
+
 const std::string UNSEALED(64, '0');
-constexpr int DEEPEST = 200;  // no manifest is nested as deep as this
+constexpr std::size_t DEEPEST = 200;  // no manifest is nested as deep as this
 
 // Says what is wrong with the manifest, in the words of the Python runtime's reader.
 struct Damaged {
@@ -334,20 +356,70 @@ Manifest read(const Part &top, std::string &digest) {
     return m;
 }
 
-json decode(std::string_view data) {
-    // msgspec takes no byte order mark, nlohmann's parser would skip one.
-    if (!data.empty() && static_cast<unsigned char>(data[0]) == 0xef) throw Damaged{"it begins with no JSON"};
-    const auto shallow = [](int depth, json::parse_event_t, json &) {
-        if (depth > DEEPEST) throw Damaged{"it is nested too deep"};
+// What nlohmann's parser calls: puts a document together.
+class Builder {
+  public:
+    explicit Builder(json &top) : next_(&top) {}
+
+    bool null() { return put(nullptr); }
+    bool boolean(bool value) { return put(value); }
+    bool number_integer(json::number_integer_t value) { return put(value); }
+    bool number_unsigned(json::number_unsigned_t value) { return put(value); }
+    bool number_float(json::number_float_t value, const std::string &) { return put(value); }
+    bool string(std::string &value) { return put(std::move(value)); }
+    bool binary(json::binary_t &) { return false; }  // JSON has none
+    bool key(std::string &name) {
+        next_ = &(*open_.back())[name];
         return true;
-    };
-    try {
-        return json::parse(data.begin(), data.end(), shallow);
-    } catch (const json::exception &error) {
+    }
+    bool start_object(std::size_t) { return open(json::value_t::object); }
+    bool start_array(std::size_t) { return open(json::value_t::array); }
+    bool end_object() { return close(); }
+    bool end_array() { return close(); }
+    bool parse_error(std::size_t, const std::string &, const json::exception &error) {
         // "[json.exception.parse_error.101] parse error at line 3, column 5: ..."
         const std::string text = error.what();
         throw Damaged{"JSON is malformed: " + printable(text.substr(std::min(text.find("] ") + 2, text.size())))};
     }
+
+  private:
+    // Where the next value goes.
+    json &place() {
+        if (open_.empty() || open_.back()->is_object()) return *next_;
+        return open_.back()->get_ref<json::array_t &>().emplace_back();
+    }
+
+    template <typename T>
+    bool put(T &&value) {
+        json &to = place();
+        if (to.is_structured()) Document().top.swap(to);  // a name that comes twice: the last one counts
+        to = std::forward<T>(value);
+        return true;
+    }
+
+    bool open(json::value_t type) {
+        if (open_.size() >= DEEPEST) throw Damaged{"it is nested too deep"};
+        json &to = place();
+        Document().top.swap(to);
+        to = type;
+        open_.push_back(&to);
+        return true;
+    }
+
+    bool close() {
+        open_.pop_back();
+        return true;
+    }
+
+    json *next_;
+    std::vector<json *> open_;
+};
+
+void decode(std::string_view data, json &top) {
+    // msgspec takes no byte order mark, nlohmann's parser would skip one.
+    if (!data.empty() && static_cast<unsigned char>(data[0]) == 0xef) throw Damaged{"it begins with no JSON"};
+    Builder builder(top);
+    json::sax_parse(data.begin(), data.end(), &builder);
 }
 
 // The sha256 of `data` with the first place of `digest` set to 64 zeros.
@@ -358,20 +430,35 @@ std::string seal(std::string_view data, const std::string &digest) {
     return sha256(unsealed);
 }
 
+// What to install to read a manifest of a later schema, of which nothing is known but where versions stand.
+std::string newer_version(const json &manifest) {
+    constexpr const char *DIGITS = "0123456789";
+    constexpr const char *TAKEN = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz.+!";
+    std::string text;
+    if (const auto tools = manifest.find("tools"); tools != manifest.end() && tools->is_object())
+        if (const auto version = tools->find("rxdeploy"); version != tools->end() && version->is_string())
+            text = version->get<std::string>();
+    if (text.size() > 41 || text.find_first_of(DIGITS) != 0 || text.find_first_not_of(TAKEN) != std::string::npos)
+        return "install a newer one";
+    return "rxdeploy " + text + " wrote it: pip install 'rxdeploy>=" + text + "'";
+}
+
 }  // namespace
 
 Manifest parse_manifest(std::string_view data, const std::string &where) {
     std::string digest;
     Manifest manifest;
     try {
-        const json head = decode(data);
+        Document document;
+        const json &head = document.top;
+        decode(data, document.top);
         const Part top(head, "$");
         if (top.is_object() && top.has("schema") && head["schema"].is_number_integer()) {
             // A number beyond int64 is of a later schema, too.
             const bool large = head["schema"].is_number_unsigned() && head["schema"].get<std::uint64_t>() > SCHEMA;
             if (large)
                 input_error(where + ": it has schema " + head["schema"].dump() + ", this rxdeploy reads up to " +
-                            std::to_string(SCHEMA) + "; install a newer one");
+                            std::to_string(SCHEMA) + "; " + newer_version(head));
         }
         if (top["schema"].integer() != SCHEMA)
             top["schema"].damaged("Invalid enum value " + head["schema"].dump());

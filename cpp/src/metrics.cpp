@@ -175,39 +175,51 @@ rxdeploy_metrics Metrics::figures(const State &s) const {
 
 void Metrics::snapshot(rxdeploy_metrics &to) const { to = figures(state()); }
 
+// Written piece by piece: nlohmann's destructors of nested values end the program where memory is short.
 std::string Metrics::json() const {
     const State s = state();
     const rxdeploy_metrics m = figures(s);
-    const auto latency = [](const rxdeploy_latency &l, const Histogram &histogram) {
-        nlohmann::ordered_json buckets = nlohmann::ordered_json::array();
-        for (const auto &[edge, count] : histogram.cumulative()) buckets.push_back({edge, count});
-        return nlohmann::ordered_json{{"count", l.count}, {"sum", l.sum}, {"mean", l.mean}, {"p50", l.p50},
-                                      {"p90", l.p90},     {"p99", l.p99}, {"p999", l.p999}, {"max", l.max},
-                                      {"buckets", buckets}};
+    std::string text;
+    const auto name = [&](const char *key) {
+        text += std::string(text.empty() || text.back() == '{' ? "" : ",") + "\"" + key + "\":";
     };
-    nlohmann::ordered_json batches = nlohmann::ordered_json::object();
-    for (const auto &[size, count] : s.batches) batches[std::to_string(size)] = count;
-    nlohmann::ordered_json card = nullptr;
-    if (cost_.card_flops) card = m.card_flops_per_second_recent;
-    return nlohmann::ordered_json{{"started", m.started},
-                                  {"uptime", m.uptime},
-                                  {"images", m.images},
-                                  {"images_per_second", m.images_per_second},
-                                  {"images_per_second_recent", m.images_per_second_recent},
-                                  {"card_flops_per_second_recent", card},
-                                  {"flops_per_second_recent", m.flops_per_second_recent},
-                                  {"runs", latency(m.runs, s.runs)},
-                                  {"enqueued", m.enqueued},
-                                  {"errors", m.errors},
-                                  {"requests", latency(m.requests, s.requests)},
-                                  {"batches", batches},
-                                  {"queue_depth", m.queue_depth},
-                                  {"queue_depth_max", m.queue_depth_max},
-                                  {"failed", m.failed},
-                                  {"rejected", m.rejected},
-                                  {"expired", m.expired},
-                                  {"cancelled", m.cancelled}}
-        .dump();
+    const auto real = [&](const char *key, double value) { name(key), text += number(value); };
+    const auto count = [&](const char *key, std::uint64_t value) { name(key), text += std::to_string(value); };
+    const auto latency = [&](const char *key, const rxdeploy_latency &l, const Histogram &histogram) {
+        name(key), text += "{";
+        count("count", l.count);
+        for (const auto &[which, value] : {std::pair("sum", l.sum), {"mean", l.mean}, {"p50", l.p50}, {"p90", l.p90},
+                                           {"p99", l.p99}, {"p999", l.p999}, {"max", l.max}})
+            real(which, value);
+        name("buckets"), text += "[";
+        const char *between = "";
+        for (const auto &[edge, below] : histogram.cumulative()) {
+            text += between + std::string("[") + number(edge) + "," + std::to_string(below) + "]";
+            between = ",";
+        }
+        text += "]}";
+    };
+    text += "{";
+    real("started", m.started);
+    real("uptime", m.uptime);
+    count("images", m.images);
+    real("images_per_second", m.images_per_second);
+    real("images_per_second_recent", m.images_per_second_recent);
+    name("card_flops_per_second_recent");
+    text += cost_.card_flops ? number(m.card_flops_per_second_recent) : "null";
+    real("flops_per_second_recent", m.flops_per_second_recent);
+    latency("runs", m.runs, s.runs);
+    count("enqueued", m.enqueued);
+    count("errors", m.errors);
+    latency("requests", m.requests, s.requests);
+    name("batches"), text += "{";
+    for (const auto &[size, number] : s.batches) count(std::to_string(size).c_str(), number);
+    text += "}";
+    for (const auto &[which, value] :
+         {std::pair("queue_depth", m.queue_depth), {"queue_depth_max", m.queue_depth_max}, {"failed", m.failed},
+          {"rejected", m.rejected}, {"expired", m.expired}, {"cancelled", m.cancelled}})
+        count(which, value);
+    return text + "}";
 }
 
 std::string Metrics::prometheus() const {

@@ -66,12 +66,16 @@ Runtime load_runtime(const std::string &path, const std::string &who) {
               "libonnxruntime.so");
     auto *base = library.find<const OrtApiBase *()>("OrtGetApiBase");
     if (!base) lacks(path + " is no ONNX Runtime: it has no OrtGetApiBase (" + who + ")");
-    const std::string version = base()->GetVersionString();
+    const std::string version = printable(base()->GetVersionString());
     int major = 0, minor = 0;
     std::sscanf(version.c_str(), "%d.%d", &major, &minor);
     // It would give no API either, but print to stderr.
     const bool older = major < 1 || (major == 1 && minor < ORT_API_VERSION);
     const OrtApi *api = older ? nullptr : base()->GetApi(ORT_API_VERSION);
+    if (!api && !older)
+        lacks("ONNX Runtime " + version + " (" + path + ") has version " + std::to_string(ORT_API_VERSION) +
+              " of the C API no more, which this library was compiled with; install an older one, or compile this "
+              "library with the headers of that one");
     if (!api)
         lacks("ONNX Runtime " + version + " (" + path + ") is older than the headers that this library was compiled "
               "with: it needs version 1." + std::to_string(ORT_API_VERSION) + " or later");

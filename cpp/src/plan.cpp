@@ -200,7 +200,8 @@ struct Profile {
 // A deserialised plan.
 class Plan {
   public:
-    Plan(const Bundle &bundle, const Gpu &gpu, const Runner &runner) : runner(runner) {
+    // By way of the other one, so that what fails in here is released by the destructor.
+    Plan(const Bundle &bundle, const Gpu &gpu, const Runner &runner) : Plan(gpu, runner) {
         const Manifest &m = bundle.manifest;
         const Current current(gpu.driver, gpu.context);
         runtime_.reset(static_cast<trt::IRuntime *>(runner.create_runtime(&logger_, NV_TENSORRT_VERSION)));
@@ -224,12 +225,16 @@ class Plan {
         for (const Profile &profile : profiles) largest = std::max(largest, static_cast<std::size_t>(profile.max));
     }
 
+    ~Plan() { release(); }
+    Plan(const Plan &) = delete;
+    Plan &operator=(const Plan &) = delete;
+
     // An execution context for one profile with its scratch memory there. The GPU's context must be current.
     std::unique_ptr<trt::IExecutionContext> create_context(int profile, DevicePointer memory, CudaStream stream) {
         std::unique_ptr<trt::IExecutionContext> context(
             engine_->createExecutionContext(trt::ExecutionContextAllocationStrategy::kUSER_MANAGED));
         if (!context) fail("makes no execution context");
-#if NV_TENSORRT_MAJOR * 100 + NV_TENSORRT_MINOR >= 1001
+#if NV_TENSORRT_MAJOR != 10 || NV_TENSORRT_MINOR > 0  // RTX's major version is 1
         context->setDeviceMemoryV2(reinterpret_cast<void *>(memory), static_cast<std::int64_t>(scratch()));
 #else
         context->setDeviceMemory(reinterpret_cast<void *>(memory));
@@ -241,7 +246,7 @@ class Plan {
 
     // The most that any profile needs, in bytes.
     std::size_t scratch() const {
-#if NV_TENSORRT_MAJOR * 100 + NV_TENSORRT_MINOR >= 1001
+#if NV_TENSORRT_MAJOR != 10 || NV_TENSORRT_MINOR > 0
         return static_cast<std::size_t>(engine_->getDeviceMemorySizeV2());
 #else
         return engine_->getDeviceMemorySize();
@@ -285,6 +290,17 @@ class Plan {
     std::size_t largest = 0;
 
   private:
+    Plan(const Gpu &gpu, const Runner &runner) : runner(runner), gpu_(gpu) {}
+
+    // TensorRT frees memory of the GPU that is current, which the thread that closes a session need not have.
+    void release() noexcept {
+        CudaContext popped = nullptr;
+        const bool current = gpu_.driver.context_push(gpu_.context) == 0;
+        engine_.reset();
+        runtime_.reset();
+        if (current) gpu_.driver.context_pop(&popped);
+    }
+
     [[noreturn]] void fail(const std::string &what) { lacks("the plan " + what + ": " + logger_.last()); }
 
     void check_tensors(const Manifest &m) {
@@ -318,6 +334,7 @@ class Plan {
         return bytes;
     }
 
+    const Gpu &gpu_;
     Logger logger_;  // TensorRT's objects hold bare pointers to it, and the engine to the runtime
     std::unique_ptr<trt::IRuntime> runtime_;
     std::unique_ptr<trt::ICudaEngine> engine_;
@@ -364,12 +381,17 @@ class Lane {
         const Driver &d = gpu_.driver;
         const Current current(d, gpu_.context);
         const CudaStream on = stream->get();
-        take_back(on);
-        std::memcpy(host_in_, images, n * plan_.input_bytes);
-        d.check(d.copy_to_device(input_, host_in_, n * plan_.input_bytes, on), "when images are copied to it");
-        execute(n, input_, output_, on);
-        d.check(d.copy_to_host(host_out_, output_, n * plan_.output_bytes, on), "when logits are copied from it");
-        d.check(d.stream_synchronize(on), "when it computes");
+        try {
+            take_back(on);
+            std::memcpy(host_in_, images, n * plan_.input_bytes);
+            d.check(d.copy_to_device(input_, host_in_, n * plan_.input_bytes, on), "when images are copied to it");
+            execute(n, input_, output_, on);
+            d.check(d.copy_to_host(host_out_, output_, n * plan_.output_bytes, on), "when logits are copied from it");
+            d.check(d.stream_synchronize(on), "when it computes");
+        } catch (...) {
+            d.stream_synchronize(on);  // who gets this lane next writes where a copy may still be reading
+            throw;
+        }
         std::memcpy(logits, host_out_, n * plan_.output_bytes);
     }
 
@@ -401,9 +423,6 @@ class Lane {
         d.check(d.event_record(idle_->get(), before), "when an event is recorded");
         d.check(d.stream_wait(after, idle_->get(), 0), "when a stream is to wait");
     }
-
-    // After an error: nothing may run here any more.
-    void settle() { gpu_.driver.stream_synchronize(stream->get()); }
 
     std::unique_ptr<Stream> stream;
 

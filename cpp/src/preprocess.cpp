@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <string>
 
 #include "error.h"
@@ -81,6 +82,11 @@ void check(const rxdeploy_frame &frame, std::size_t channels) {
     if (frame.stride && frame.stride < row && frame.stride > -row)
         input_error("frame: a row has " + std::to_string(row) + " bytes, the stride is " +
                     std::to_string(frame.stride));
+    // The last row lies somewhere, too.
+    const auto farthest = std::numeric_limits<std::ptrdiff_t>::max() / static_cast<std::ptrdiff_t>(frame.height);
+    if (frame.stride > farthest || frame.stride < -farthest)
+        input_error("frame: " + std::to_string(frame.height) + " rows with a stride of " +
+                    std::to_string(frame.stride) + " are more than memory holds");
 }
 
 // The longer side, of which the shorter becomes `shorter`: a whole number as timm and torchvision truncate it.

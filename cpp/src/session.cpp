@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <numeric>
 
 #include "onnxruntime.h"
@@ -106,11 +107,18 @@ Session::Call::~Call() {
     if (--session_.calls_ == 0) session_.idle_.notify_all();
 }
 
+// A number of images that no memory holds is a negative one, most often.
+void Session::check_count(std::size_t n) const {
+    const std::size_t largest_row = sizeof(float) * std::max(image_bytes, bundle.manifest.num_classes);
+    if (n > static_cast<std::size_t>(std::numeric_limits<std::ptrdiff_t>::max()) / largest_row)
+        input_error("n is " + std::to_string(n) + ", more images than memory holds");
+}
+
 void Session::compute(Engine &engine, const void *images, std::size_t n, float *logits) {
     const double begin = now();
     try {
         engine.run(images, n, logits);
-    } catch (const Error &) {
+    } catch (...) {
         metrics->count_error();
         throw;
     }
@@ -125,6 +133,7 @@ void Session::compute(Engine &engine, const void *images, std::size_t n, float *
 
 void Session::run(const std::uint8_t *images, std::size_t n, float *logits) {
     const Call call(*this);
+    check_count(n);
     if (!n) return;
     if (bundle.manifest.normalisation_in_graph) return compute(call.engine(), images, n, logits);
     const std::size_t most = call.engine().largest();
@@ -138,6 +147,7 @@ void Session::run(const std::uint8_t *images, std::size_t n, float *logits) {
 
 void Session::run_float32(const float *images, std::size_t n, float *logits) {
     const Call call(*this);
+    check_count(n);
     if (bundle.manifest.normalisation_in_graph)
         input_error("images: the bundle takes uint8 images and normalises them itself; use rxdeploy_run");
     if (n) compute(call.engine(), images, n, logits);
@@ -145,12 +155,16 @@ void Session::run_float32(const float *images, std::size_t n, float *logits) {
 
 void Session::run_device(const void *images, std::size_t n, void *logits, void *stream) {
     const Call call(*this);
+    check_count(n);
     if (!n) return;
     const double begin = now();
     try {
         call.engine().run_device(images, n, logits, stream);
     } catch (const Error &error) {
         if (error.status != RXDEPLOY_INPUT_ERROR) metrics->count_error();
+        throw;
+    } catch (...) {
+        metrics->count_error();
         throw;
     }
     if (stream)
@@ -203,6 +217,7 @@ std::unique_ptr<Batcher> Session::make_batcher() {
 std::shared_ptr<Request> Session::submit(const std::uint8_t *image, double deadline, double timeout,
                                          rxdeploy_callback callback, void *user) {
     if (std::isnan(deadline) || std::isnan(timeout)) input_error("deadline_s and timeout_s must be numbers");
+    const Call call(*this);  // `close` waits for who waits for room, too
     return batcher().submit(std::vector<std::uint8_t>(image, image + image_bytes), deadline, timeout, callback, user);
 }
 
@@ -227,6 +242,8 @@ void Session::close(bool drain) {
 }
 
 void top(const float *logits, std::size_t classes, std::size_t k, rxdeploy_prediction *predictions) {
+    if (!std::all_of(logits, logits + classes, [](float logit) { return std::isfinite(logit); }))
+        check_failed("logits: they hold NaN or infinity");
     std::vector<std::size_t> order(classes);
     std::iota(order.begin(), order.end(), std::size_t(0));
     const std::size_t count = std::min(k, classes);

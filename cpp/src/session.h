@@ -42,6 +42,8 @@ class Session {
     bool is_own_thread() const;
     // Whether this process was forked from the one that opened it: there are no threads here.
     bool is_forked() const;
+    // Error (RXDEPLOY_CLOSED) in such a process: locks may be held there for ever.
+    void check_process() const;
 
     const Bundle bundle;
     const std::size_t image_bytes;  // of one uint8 image
@@ -67,7 +69,7 @@ class Session {
     };
 
     std::shared_ptr<Engine> open_engine();
-    void check_process() const;
+    void check_count(std::size_t n) const;
     void compute(Engine &engine, const void *images, std::size_t n, float *logits);
     Batcher &batcher();
     std::unique_ptr<Batcher> make_batcher();
@@ -83,7 +85,8 @@ class Session {
     std::unique_ptr<Batcher> batcher_;  // none until something is submitted, then always that one
 };
 
-// The `k` most probable classes of one row, best first; at most `classes` are written.
+// The `k` most probable classes of one row, best first; at most `classes` are written. RXDEPLOY_CHECK_FAILED when a
+// logit is not finite: such have no order.
 void top(const float *logits, std::size_t classes, std::size_t k, rxdeploy_prediction *predictions);
 
 }  // namespace rx

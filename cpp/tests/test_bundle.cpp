@@ -54,6 +54,11 @@ TEST_F(BundleTest, WhatIsNone) {
     refuses("manifest.json cannot be read");
 }
 
+TEST_F(BundleTest, AManifestThatIsTooLarge) {
+    std::filesystem::resize_file(folder.path / "manifest.json", (std::uintmax_t(1) << 24) + 1);
+    refuses("manifest.json cannot be read: File too large");
+}
+
 TEST_F(BundleTest, MissingFile) {
     std::filesystem::remove(folder.path / "model.onnx");
     refuses("model.onnx is missing; build the bundle again");

@@ -63,6 +63,8 @@ TEST(Transform, RefusesWhatIsNone) {
     EXPECT_EQ(status(good, 64, 1, 4), RXDEPLOY_INPUT_ERROR);
     EXPECT_EQ(status({frame.data(), SIZE_MAX, SIZE_MAX, 0, RXDEPLOY_RGB}, 64, 1, 2), RXDEPLOY_INPUT_ERROR);
     EXPECT_EQ(status({frame.data(), 10, 10, -29, RXDEPLOY_RGB}, 64, 1, 2), RXDEPLOY_INPUT_ERROR);
+    EXPECT_EQ(status({frame.data(), 10, 10, PTRDIFF_MAX / 8, RXDEPLOY_RGB}, 64, 1, 2), RXDEPLOY_INPUT_ERROR);
+    EXPECT_EQ(status({frame.data(), 10, 10, PTRDIFF_MIN, RXDEPLOY_RGB}, 64, 1, 2), RXDEPLOY_INPUT_ERROR);
     EXPECT_EQ(rxdeploy_transform(nullptr, 64, 1, RXDEPLOY_BICUBIC, 0, image.data()), RXDEPLOY_INPUT_ERROR);
 }
 

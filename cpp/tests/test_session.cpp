@@ -1,5 +1,7 @@
 // Sessions on ONNX Runtime, through the C++ header and, under it, the C ABI.
 #include <gtest/gtest.h>
+#include <pthread.h>
+#include <signal.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -11,6 +13,7 @@
 #include <nlohmann/json.hpp>
 #include <random>
 #include <thread>
+#include <tuple>
 
 #include "rxdeploy.hpp"
 #include "sealed.h"
@@ -42,6 +45,45 @@ TEST(Abi, NullIsAnError) {
     rxdeploy_free(nullptr);
     rxdeploy_request_free(nullptr);
     rxdeploy_text_free(nullptr);
+}
+
+TEST(Abi, WithoutASessionThereAreNoTexts) {
+    for (auto *text : {rxdeploy_model, rxdeploy_precision, rxdeploy_device, rxdeploy_description, rxdeploy_passed_over})
+        EXPECT_EQ(text(nullptr), nullptr);
+    EXPECT_EQ(rxdeploy_label(nullptr, 0), nullptr);
+    EXPECT_STREQ(rxdeploy_last_error(), "session is NULL");
+}
+
+// A program that was compiled with an older or a newer header than the library has shorter or longer structs.
+TEST(Abi, StructsOfOtherSizes) {
+    struct Longer {
+        rxdeploy_options known;
+        std::size_t later, beyond;
+    } longer;
+    std::memset(static_cast<void *>(&longer), 0xaa, sizeof longer);
+    const std::size_t size = offsetof(Longer, beyond);
+    (rxdeploy_options_init)(&longer.known, size);
+    EXPECT_EQ(longer.known.size, size);
+    EXPECT_EQ(longer.known.queue_size, 1024u);
+    EXPECT_EQ(longer.later, 0u);  // what it does not know is not set
+    EXPECT_EQ(longer.beyond, std::size_t(0xaaaaaaaaaaaaaaaa));
+    rxdeploy_session *session = nullptr;
+    EXPECT_EQ(rxdeploy_open("nowhere", &longer.known, &session), RXDEPLOY_INPUT_ERROR);
+    EXPECT_NE(std::string(rxdeploy_last_error()).find("not a bundle"), std::string::npos) << rxdeploy_last_error();
+    longer.later = 1;
+    EXPECT_EQ(rxdeploy_open("nowhere", &longer.known, &session), RXDEPLOY_INPUT_ERROR);
+    EXPECT_NE(std::string(rxdeploy_last_error()).find("does not know"), std::string::npos) << rxdeploy_last_error();
+    // None was ever as short as this, which ends in the middle of a pointer.
+    longer.known.size = offsetof(rxdeploy_options, device) + 4;
+    EXPECT_EQ(rxdeploy_open("nowhere", &longer.known, &session), RXDEPLOY_INPUT_ERROR);
+    EXPECT_NE(std::string(rxdeploy_last_error()).find("size is 12"), std::string::npos) << rxdeploy_last_error();
+    rxdeploy_submit_options submit;
+    std::memset(static_cast<void *>(&submit), 0xaa, sizeof submit);
+    (rxdeploy_submit_options_init)(&submit, 8);  // too short for anything: left alone
+    EXPECT_EQ(submit.size, std::size_t(0xaaaaaaaaaaaaaaaa));
+    rxdeploy_submit_options_init(&submit);
+    EXPECT_EQ(submit.size, sizeof submit);
+    EXPECT_TRUE(std::isinf(submit.deadline_s));
 }
 
 TEST(Open, OptionsOutOfRange) {
@@ -85,24 +127,27 @@ TEST(Open, LibrariesThatAreNone) {
     EXPECT_THROW(Session(folder.path.string(), options), rxdeploy::EnvironmentLacks);
 }
 
-#ifdef OLD_ONNXRUNTIME
-// A library whose version is older than the headers: refused by its version, not asked for an API.
-TEST(Open, AnOlderOnnxRuntimeIsRefused) {
+// A library whose version is older than the headers is refused by its version, not asked for an API; so is one that has
+// the headers' API no more.
+TEST(Open, AnotherOnnxRuntimeIsRefused) {
     const rx::Folder folder;
     folder.write("model.onnx", "no model");
     folder.write("manifest.json", rx::sealed(rx::manifest_of({{"model.onnx", rx::entry("no model")}})));
-    Options options;
-    options.device = "cpu";
-    options.onnxruntime = OLD_ONNXRUNTIME;
-    try {
-        Session session(folder.path.string(), options);
-        FAIL();
-    } catch (const rxdeploy::EnvironmentLacks &error) {
-        EXPECT_NE(std::string(error.what()).find("ONNX Runtime 1.2.0"), std::string::npos) << error.what();
-        EXPECT_NE(std::string(error.what()).find("is older than the headers"), std::string::npos);
+    for (const auto &[library, version, why] :
+         {std::tuple(OLD_ONNXRUNTIME, "ONNX Runtime 1.2.0", "is older than the headers"),
+          std::tuple(NEW_ONNXRUNTIME, "ONNX Runtime 2.0.0", "of the C API no more")}) {
+        Options options;
+        options.device = "cpu";
+        options.onnxruntime = library;
+        try {
+            Session session(folder.path.string(), options);
+            FAIL();
+        } catch (const rxdeploy::EnvironmentLacks &error) {
+            EXPECT_NE(std::string(error.what()).find(version), std::string::npos) << error.what();
+            EXPECT_NE(std::string(error.what()).find(why), std::string::npos) << error.what();
+        }
     }
 }
-#endif
 
 // With ONNX Runtime and the digits model.
 class SessionTest : public testing::Test {
@@ -168,6 +213,27 @@ TEST_F(SessionTest, TopIsSoftmaxInOrder) {
     EXPECT_EQ(rxdeploy_top(session.handle(), logits.data(), 1, 12, all), RXDEPLOY_OK);
     EXPECT_EQ(all[10].index, SIZE_MAX);
     EXPECT_EQ(rxdeploy_top(session.handle(), logits.data(), 1, 0, all), RXDEPLOY_INPUT_ERROR);
+    for (const float bad : {std::nanf(""), HUGE_VALF, -HUGE_VALF}) {
+        std::vector<float> wrong = logits;
+        wrong[5] = bad;
+        EXPECT_THROW(session.top(wrong), rxdeploy::CheckFailed);
+    }
+}
+
+// -1 of a signed type that became a size.
+TEST_F(SessionTest, MoreImagesThanMemoryHolds) {
+    Session session(path, options);
+    const auto images = noise(session, 1);
+    std::vector<float> logits(10);
+    rxdeploy_prediction best;
+    for (const std::size_t n : {SIZE_MAX, SIZE_MAX / 2, SIZE_MAX / session.image_bytes() + 2}) {
+        EXPECT_EQ(rxdeploy_run(session.handle(), images.data(), n, logits.data()), RXDEPLOY_INPUT_ERROR);
+        EXPECT_EQ(rxdeploy_run_device(session.handle(), images.data(), n, logits.data(), nullptr),
+                  RXDEPLOY_INPUT_ERROR);
+        EXPECT_NE(std::string(rxdeploy_last_error()).find("more images than memory holds"), std::string::npos);
+    }
+    EXPECT_EQ(rxdeploy_top(session.handle(), logits.data(), SIZE_MAX, 1, &best), RXDEPLOY_INPUT_ERROR);
+    EXPECT_EQ(rxdeploy_top(session.handle(), logits.data(), 1, SIZE_MAX, &best), RXDEPLOY_INPUT_ERROR);
 }
 
 TEST_F(SessionTest, SingleRequestsGiveWhatRunGives) {
@@ -297,8 +363,24 @@ TEST_F(SessionTest, AForkedChildIsToldSo) {
     Session session(path, options);
     const auto image = noise(session, 1);
     session.submit(image).get();
+    Options patient = options;
+    patient.max_delay_ms = 3600e3;
+    Session waits(path, patient);
+    const auto unanswered = waits.submit(image);
     const pid_t child = ::fork();
     if (child == 0) {
+        ::alarm(20);  // rather than wait for a thread that is not here
+        try {
+            unanswered.get();
+            ::_exit(2);
+        } catch (const rxdeploy::Closed &) {
+        }
+        if (unanswered.cancel()) ::_exit(3);
+        try {
+            waits.metrics();
+            ::_exit(4);
+        } catch (const rxdeploy::Closed &) {
+        }
         const bool closed = rxdeploy_run(session.handle(), image.data(), 1, nullptr) == RXDEPLOY_INPUT_ERROR;
         std::vector<float> logits(10);
         const auto status = rxdeploy_run(session.handle(), image.data(), 1, logits.data());
@@ -308,6 +390,50 @@ TEST_F(SessionTest, AForkedChildIsToldSo) {
     int status = 1;
     ASSERT_EQ(::waitpid(child, &status, 0), child);
     EXPECT_EQ(status, 0);
+    EXPECT_TRUE(unanswered.cancel());
+}
+
+// A signal's handler that keeps its thread where it is.
+std::atomic<bool> kept{false}, let_go{false};
+
+void keep(int) {
+    kept = true;
+    while (!let_go) ::usleep(1000);
+}
+
+// A submit that waits for room is a call that `close` waits for: whoever closed the session may free it.
+TEST_F(SessionTest, CloseWaitsForWhoWaitsForRoom) {
+    options.max_batch = options.queue_size = options.workers = 1;
+    Session session(path, options);
+    const auto image = noise(session, 1);
+    std::promise<void> entered, leave;
+    session.submit(image, [&](const rxdeploy::Result &) {
+        entered.set_value();
+        leave.get_future().wait();
+    });
+    entered.get_future().wait();
+    const auto queued = session.submit(image);
+    std::thread caller([&] { EXPECT_THROW(session.submit(image), rxdeploy::Closed); });
+    std::this_thread::sleep_for(std::chrono::milliseconds(100));  // it is inside by now
+    struct sigaction action = {}, before = {};
+    action.sa_handler = keep;
+    ::sigaction(SIGUSR1, &action, &before);
+    ::pthread_kill(caller.native_handle(), SIGUSR1);
+    while (!kept) std::this_thread::yield();
+    auto closing = std::async(std::launch::async, [&] { session.close(); });
+    while (true) try {  // until it is closed
+            session.run({});
+            std::this_thread::yield();
+        } catch (const rxdeploy::Closed &) {
+            break;
+        }
+    leave.set_value();
+    EXPECT_EQ(closing.wait_for(std::chrono::milliseconds(300)), std::future_status::timeout);
+    let_go = true;
+    closing.get();
+    caller.join();
+    ::sigaction(SIGUSR1, &before, nullptr);
+    EXPECT_EQ(queued.get().size(), 10u);
 }
 
 TEST_F(SessionTest, AModelThatIsNoModel) {

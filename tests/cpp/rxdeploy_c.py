@@ -105,7 +105,7 @@ class Session:
     def __init__(self, library: Library, bundle: Path, **options: Any) -> None:
         self.library, self.handle = library, ctypes.c_void_p()
         given = Options()
-        library.c.rxdeploy_options_init(ctypes.byref(given))
+        library.c.rxdeploy_options_init(ctypes.byref(given), ctypes.c_size_t(ctypes.sizeof(given)))
         for name, value in options.items():
             setattr(given, name, value)
         library.call("open", os.fsencode(bundle), ctypes.byref(given), ctypes.byref(self.handle))
