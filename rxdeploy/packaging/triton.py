@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -59,20 +58,28 @@ def package(
     name = name or manifest.model
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}", name):
         raise InputError(f"--name {name}: letters, digits, '_', '-' and '.', not beginning with '-' or '.'")
+    if max_batch is not None and max_batch < 1:
+        raise InputError(f"--max-batch {max_batch}: must be at least 1")
     chosen, reason = _backend(manifest, backend)
-    most = _most(manifest, chosen, max_batch)
+    try:
+        most = _most(manifest, chosen, max_batch)
+    except (LookupError, TypeError, ValueError) as error:
+        raise bundles.strange_manifest(bundle.path, error) from None
     if not 0 <= max_delay_ms <= 10_000:
         raise InputError(f"--max-delay-ms {max_delay_ms:g}: must be 0 to 10000")
     target = repository / name
     _check_target(target, overwrite)
     labels = bundle.labels()
-    config = _config(manifest, name, chosen, most, max_delay_ms, labelled=labels is not None)
+    try:
+        config = _config(manifest, name, chosen, most, max_delay_ms, labelled=labels is not None)
+    except (LookupError, TypeError, ValueError) as error:
+        raise bundles.strange_manifest(bundle.path, error) from None
     source, file = _FILES[chosen]
     try:
         repository.mkdir(parents=True, exist_ok=True)
         with atomic.new_folder(target) as folder:
             (folder / "1").mkdir()
-            shutil.copyfile(bundle.file(source), folder / "1" / file)
+            (folder / "1" / file).write_bytes(bundle.read(source))
             if labels is not None:
                 (folder / bundles.LABELS).write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
             (folder / _CONFIG).write_text(config, encoding="utf-8")
@@ -105,8 +112,9 @@ def _most(manifest: Manifest, backend: Backend, wanted: int | None) -> int:
     if backend == "onnxruntime":
         return wanted or _MOST_WITHOUT_PLAN
     assert manifest.engine is not None
-    least = min(profile["min"] for profile in manifest.engine["profiles"])
-    most: int = max(profile["max"] for profile in manifest.engine["profiles"])
+    ranges = sorted((profile["min"], profile["max"]) for profile in manifest.engine["profiles"])
+    least = ranges[0][0]
+    most: int = max(end for _, end in ranges)
     if least > 1:
         raise InputError(
             f"the plan takes batches of {least} and more, and Triton sends single images too; build it with --batch 1,"
@@ -114,6 +122,16 @@ def _most(manifest: Manifest, backend: Backend, wanted: int | None) -> int:
         )
     if wanted and wanted > most:
         raise InputError(f"--max-batch {wanted}: the plan takes up to {most}")
+    # Triton pads no batch: a size that no profile takes would fail when it comes.
+    covered = 0
+    for begin, end in ranges:
+        if begin <= covered + 1:
+            covered = max(covered, end)
+    if covered < (wanted or most):
+        raise InputError(
+            f"the plan takes no batch of {covered + 1}, and Triton sends any size; pass --max-batch {covered}, build "
+            "it with profiles that leave none out, or use --backend onnxruntime"
+        )
     return wanted or most
 
 
@@ -129,7 +147,7 @@ def _check_target(target: Path, overwrite: bool) -> None:
 def _config(manifest: Manifest, name: str, backend: Backend, most: int, max_delay_ms: float, labelled: bool) -> str:
     (image,), (logits,) = manifest.inputs, manifest.outputs
     lines = [
-        *_about(manifest),
+        *_about(manifest, backend),
         f"name: {json.dumps(name)}",
         f"backend: {json.dumps(backend)}",
         f"max_batch_size: {most}",
@@ -143,10 +161,12 @@ def _config(manifest: Manifest, name: str, backend: Backend, most: int, max_dela
     return "\n".join(lines) + "\n"
 
 
-def _about(manifest: Manifest) -> list[str]:
+def _about(manifest: Manifest, backend: Backend) -> list[str]:
     inputs = manifest.preprocessing
+    flagged = backend == "tensorrt" and (manifest.engine or {}).get("version_compatible")
     return [
-        f"# {manifest.model}, {manifest.precision}, by rxdeploy {manifest.tools['rxdeploy']}; bundle {manifest.digest}",
+        f"# {_one_line(manifest.model)}, {manifest.precision}, by rxdeploy "
+        f"{_one_line(manifest.tools.get('rxdeploy', 'of unknown version'))}; bundle {manifest.digest}",
         f"# What clients send: RGB, the shorter side resized to {int(inputs.image_size / inputs.crop_pct)} "
         f"({inputs.interpolation}, antialiased as Pillow does), the centre {inputs.image_size} x {inputs.image_size}; "
         + (
@@ -154,7 +174,13 @@ def _about(manifest: Manifest) -> list[str]:
             if manifest.normalisation_in_graph
             else f"divided by 255, less {list(inputs.mean)}, divided by {list(inputs.std)}."
         ),
+        *(["# Triton loads the plan with --backend-config=tensorrt,version-compatible=true only."] if flagged else []),
     ]
+
+
+def _one_line(text: str) -> str:
+    """Fit for a comment: what a manifest says may not become configuration."""
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def _tensor(tensor: bundles.Tensor) -> str:
@@ -167,7 +193,10 @@ def _batching(manifest: Manifest, backend: Backend, most: int, max_delay_ms: flo
     if backend == "onnxruntime":
         return delay
     assert manifest.engine is not None
-    best = sorted({profile["opt"] for profile in manifest.engine["profiles"] if profile["opt"] <= most})
+    # The scheduler sends a preferred size at once, leaving the rest for later, and gathers none beyond the largest one
+    # (GetDynamicBatch in triton-inference-server/core, dynamic_batch_scheduler.cc): so never 1, and always the most.
+    best = sorted({most} | {profile["opt"] for profile in manifest.engine["profiles"] if profile["opt"] < most})
+    best = [size for size in best if size > 1]
     return f"preferred_batch_size: [ {', '.join(map(str, best))} ] {delay}" if best else delay
 
 

@@ -105,11 +105,64 @@ def test_with_a_plan(with_plan: Callable[..., Bundle], tmp_path: Path) -> None:
     made = package(with_plan((1, 1, 1), (1, 8, 64)), tmp_path, name="digits.v1", max_delay_ms=0.25)
     config = read(made.path)
     assert (made.backend, config.backend, config.name) == ("tensorrt", "tensorrt", "digits.v1")
-    assert config.max_batch_size == 64 and list(config.dynamic_batching.preferred_batch_size) == [1, 8]
+    # Not 1: Triton would send every request alone, at once.
+    assert config.max_batch_size == 64 and list(config.dynamic_batching.preferred_batch_size) == [8, 64]
     assert config.dynamic_batching.max_queue_delay_microseconds == 250
     assert kind(config) == "KIND_GPU" and list(config.instance_group[0].profile) == ["0", "1"]
     assert config.optimization.cuda.graphs
     assert (made.path / "1" / "model.plan").read_bytes() == b"a plan"
+
+
+@pytest.mark.parametrize(
+    ("profiles", "max_batch", "expected"),
+    [
+        ([(1, 1, 32)], None, [32]),
+        ([(1, 1, 1)], None, []),
+        ([(1, 8, 32)], 4, [4]),
+        ([(1, 8, 32)], 1, []),
+        ([(1, 32, 32)], None, [32]),
+    ],
+)
+def test_preferred_sizes(
+    with_plan: Callable[..., Bundle],
+    tmp_path: Path,
+    profiles: list[tuple[int, int, int]],
+    max_batch: int | None,
+    expected: list[int],
+) -> None:
+    config = read(package(with_plan(*profiles), tmp_path / "models", max_batch=max_batch).path)
+    assert list(config.dynamic_batching.preferred_batch_size) == expected
+    assert config.HasField("dynamic_batching")
+
+
+def test_sizes_that_no_profile_takes(with_plan: Callable[..., Bundle], tmp_path: Path) -> None:
+    bundle = with_plan((1, 2, 4), (8, 16, 32), (6, 6, 7))
+    with pytest.raises(InputError, match=r"the plan takes no batch of 5, .* pass --max-batch 4, "):
+        package(bundle, tmp_path / "models")
+    with pytest.raises(InputError, match="no batch of 5"):
+        package(bundle, tmp_path / "models", max_batch=5)
+    assert not (tmp_path / "models").exists()
+    assert read(package(bundle, tmp_path / "models", max_batch=4).path).max_batch_size == 4
+    whole = with_plan((1, 2, 4), (8, 16, 32), (5, 6, 7))
+    assert read(package(whole, tmp_path / "models", name="whole").path).max_batch_size == 32
+
+
+@pytest.mark.parametrize("compatible", [False, True])
+def test_what_a_version_compatible_plan_needs(
+    with_plan: Callable[..., Bundle], tmp_path: Path, compatible: bool
+) -> None:
+    path = package(with_plan((1, 2, 4), version_compatible=compatible), tmp_path / "models").path
+    read(path)
+    text = (path / "config.pbtxt").read_text(encoding="utf-8")
+    assert ("--backend-config=tensorrt,version-compatible=true" in text) is compatible
+
+
+def test_a_manifest_does_not_write_configuration(changed: Callable[..., Bundle], plain: Bundle, tmp_path: Path) -> None:
+    bundle = changed(model='x\nversion_policy: { all {} }\u2028"', tools={})
+    config = read(package(bundle, tmp_path, name="digits").path)
+    assert config.name == "digits" and not config.HasField("version_policy")
+    with pytest.raises(InputError, match="--max-batch -1: must be at least 1"):
+        package(plain, tmp_path, name="other", max_batch=-1)
 
 
 def test_a_plan_that_triton_does_not_run(with_plan: Callable[..., Bundle], tmp_path: Path) -> None:
