@@ -6,7 +6,9 @@ Images are photographs and noise; batch sizes are 1, the optimum, and one beyond
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rxdeploy.cards import ModelCard
-from rxdeploy.engines.bundle import Precision
+from rxdeploy.engines.bundle import CpuSettings, Precision
 from rxdeploy.errors import CheckFailed, EnvironmentLacks, InputError
 from rxdeploy.export.samples import noise, photographs
+from rxdeploy.runtime import openvino
 from rxdeploy.runtime.onnxrt import CPU, available_providers, open_session, run_session
 from rxdeploy.runtime.preprocess import normalise
 
@@ -106,12 +109,15 @@ def validate_model(
     reference: NDArray[np.float32],
     batches: tuple[int, ...],
     samples: Samples | None = None,
+    cpu: CpuSettings | None = None,
 ) -> dict[str, Any]:
     """Run the ONNX file on every batch size and every provider that is here, and compare with `reference`.
 
+    Where tuning found `cpu`, with OpenVINO for its engine, it is run on that too.
     `reference` are the PyTorch logits of `samples`, `validation_samples` by default. A model with float16 tensors is
     also run with every one rounded (see `round_everywhere`), on one batch. Returns the figures for the manifest:
-    ``passed``, ``limits``, and per provider the deviation over all images, by kind and by batch size.
+    ``passed``, ``limits``, and per provider the deviation over all images, by kind and by batch size; of a model with
+    float16 tensors, ``float16``: see `headroom`. One that overflows on these images does not pass.
     """
     samples, limits = samples or validation_samples(card), LIMITS[precision]
     providers = {}
@@ -126,17 +132,21 @@ def validate_model(
         rows = {batch: _run(card, session, samples, batch) for batch in batches}
         providers[provider] = _figures(samples, reference, rows, limits)
         del session  # before the next one is made: each holds the weights
+    if cpu and cpu.engine == "openvino":
+        rows = _run_openvino(card, model, cpu, samples, batches)
+        providers["OpenVINO"] = _figures(samples, reference, rows, limits)
+    half = None
     if precision == "fp16" or (precision == "int8" and is_for_tensorrt(model)):
-        session = open_session(rounding_model(model), integers=False)
-        batch = len(samples.images)
-        providers[ROUNDING] = _figures(samples, reference, {batch: _run(card, session, samples, batch)}, limits)
+        logits, half = _run_rounding(card, model, samples.images)
+        providers[ROUNDING] = _figures(samples, reference, {len(logits): logits}, limits)
     worst = [figures["all"] for figures in providers.values()]
     return {
         "precision": precision,
-        "passed": all(within(figures, limits) for figures in worst),
+        "passed": all(within(figures, limits) for figures in worst) and not (half and half["overflowed"]),
         "limits": {"relative_l2": limits.relative_l2, "tie": limits.tie, "flipped": 0},
         "reference": "PyTorch in float32",
         "providers": providers,
+        **({"float16": half} if half else {}),
     }
 
 
@@ -158,7 +168,7 @@ def check_interface(card: ModelCard, path: Path) -> None:
     size = card.input.image_size
     wanted = {"image": ("tensor(uint8)", [size, size, 3]), "input": ("tensor(float)", [3, size, size])}
     if not path.is_file():
-        raise InputError(f"ONNX file {path}: no such file")
+        raise InputError(f"ONNX file {path}: {'not a plain file' if path.exists() else 'no such file'}")
     try:
         session = open_session(path)
     except CheckFailed as error:
@@ -177,13 +187,18 @@ def check_interface(card: ModelCard, path: Path) -> None:
         )
 
 
-def rounding_model(path: Path) -> bytes:
-    """The float16 model at `path` as a float32 one that rounds every tensor, serialised."""
+def _run_rounding(card: ModelCard, path: Path, images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], dict[str, Any]]:
+    """Logits of the float16 model at `path` with every tensor rounded, and how near they come to float16's end."""
     import onnx_ir as ir
 
     from rxdeploy.export.float16 import round_everywhere
+    from rxdeploy.export.headroom import add_largest, headroom
 
-    return bytes(ir.to_proto(round_everywhere(load_model(path))).SerializeToString())
+    model = round_everywhere(load_model(path))
+    tensors = add_largest(model)
+    session = open_session(ir.to_proto(model).SerializeToString(), integers=False)
+    logits, *largest = run_session(session, ["logits", *tensors], model_input(session, card, images))
+    return logits, headroom(dict(zip(tensors.values(), largest, strict=True)))
 
 
 def precision_of(path: Path) -> Precision:
@@ -213,12 +228,36 @@ def load_model(path: Path) -> ir.Model:
 
 
 def _run(card: ModelCard, session: Any, samples: Samples, batch: int) -> NDArray[np.float32]:
+    return _in_batches(
+        lambda images: run_session(session, ["logits"], model_input(session, card, images))[0], samples, batch
+    )
+
+
+def _run_openvino(
+    card: ModelCard, path: Path, cpu: CpuSettings, samples: Samples, batches: tuple[int, ...]
+) -> dict[int, NDArray[np.float32]]:
+    model = openvino.read_model(path)
+    wants_bytes = model.input().get_element_type().to_dtype() == np.uint8
+
+    def compute(requests: openvino.Requests, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        return requests.run(images if wants_bytes else normalise(images, card.input.mean, card.input.std))
+
+    rows = {}
+    for batch in batches:
+        compiled = openvino.compile_model(openvino.of_size(model, batch), cpu)
+        rows[batch] = _in_batches(partial(compute, openvino.Requests(compiled, 1)), samples, batch)
+    return rows
+
+
+def _in_batches(
+    compute: Callable[[NDArray[np.uint8]], NDArray[np.float32]], samples: Samples, batch: int
+) -> NDArray[np.float32]:
     """Logits of every sample, in batches of exactly `batch` images: the samples are repeated to fill the last."""
     count = len(samples.images)
     outputs = []
     for start in range(0, count, batch):
         indices = np.arange(start, start + batch) % count
-        outputs.append(run_session(session, ["logits"], model_input(session, card, samples.images[indices]))[0])
+        outputs.append(compute(samples.images[indices]))
     return np.concatenate(outputs)[:count]
 
 

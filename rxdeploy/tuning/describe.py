@@ -16,5 +16,6 @@ def describe(tuning: Tuning) -> str:
         return f"untuned, by rule: {'; '.join(parts)}"
     if tuning.cpu:
         parts.append(f"on {ENGINES[tuning.cpu.engine]}{in_words(tuning.cpu)}")
-    ratio = tuning.report["whole"]["median"]
-    return f"{'; '.join(parts)}; {1 / ratio:.2f} times as fast as it was, on {tuning.device}"
+    whole = tuning.report["whole"]
+    gain = f"{1 / whole['median']:.2f} times as fast as untuned" if whole.get("kept", True) else "nothing was faster"
+    return f"{'; '.join(parts)}; {gain}, on {tuning.device}"

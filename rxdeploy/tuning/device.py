@@ -6,11 +6,11 @@ import contextlib
 import functools
 from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 import msgspec
 
+from rxdeploy import atomic
 from rxdeploy.bench.counts import GraphCounts, count
 from rxdeploy.bench.layers import layer_times
 from rxdeploy.bench.machine import cores, instruction_sets, processor
@@ -23,6 +23,7 @@ from rxdeploy.engines.gpu import find_driver
 from rxdeploy.engines.options import EngineOptions
 from rxdeploy.errors import EnvironmentLacks
 from rxdeploy.runtime.batching import Batching
+from rxdeploy.runtime.onnxrt import import_onnxruntime
 from rxdeploy.runtime.session import Session
 
 PROFILE_SECONDS = 0.3
@@ -79,15 +80,15 @@ class _OpenedSession:
 
 @contextlib.contextmanager
 def _opened(manifest: Manifest, files: dict[str, bytes], device: str) -> Iterator[_OpenedSession]:
-    """A session on these files as a bundle whose digests nobody asks for: they were made a moment ago."""
-    with TemporaryDirectory(prefix="rxdeploy-tune-") as folder:
+    """A session on these files as a bundle."""
+    with atomic.scratch_folder("tune") as folder:
         for name, content in files.items():
-            Path(folder, name).write_bytes(content)
-        digests = {name: bundles.FileDigest("", len(content)) for name, content in files.items()}
-        bundle = Bundle(Path(folder), msgspec.structs.replace(manifest, files=digests))
+            (folder / name).write_bytes(content)
+        digests = {name: bundles.file_digest(folder / name) for name in files}
+        bundle = Bundle(folder, msgspec.structs.replace(manifest, files=digests))
         session = Session(bundle, device, None, Batching())
         try:
-            yield _OpenedSession(session, Path(folder, bundles.MODEL))
+            yield _OpenedSession(session, folder / bundles.MODEL)
         finally:
             session.close()
 
@@ -167,7 +168,11 @@ class PlanDevice:
 def device_for(
     manifest: Manifest, flavour: Flavour | None, options: EngineOptions, sizes: tuple[int, ...], cache: Path
 ) -> CpuDevice | PlanDevice:
-    """Where the bundle is to be fast: the GPU for a plan, else the CPU. EnvironmentLacks when there is none."""
+    """Where the bundle is to be fast: the GPU for a plan, else the CPU.
+
+    EnvironmentLacks when there is none, or no ONNX Runtime.
+    """
+    import_onnxruntime()  # by which what is tuned is checked, whatever it is tuned to: better now than in the end
     if flavour is None:
         return CpuDevice(manifest, sizes)
     if problem := find_driver().problem:

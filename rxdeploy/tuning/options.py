@@ -12,7 +12,7 @@ def parse_groups(text: str) -> int | None:
     """``--groups``: None for auto, 0 for native (as the model has them), or the channels a group."""
     if text in (AUTO, NATIVE):
         return None if text == AUTO else 0
-    if not (text.isascii() and text.isdecimal() and 0 < int(text[:9]) <= 1 << 16):
+    if not (text.isascii() and text.isdecimal() and len(text) <= 9 and 0 < int(text) <= 1 << 16):
         raise InputError(f"--groups {text}: auto, native, or how many channels a group is to have (8, 16, 32, 64 ...)")
     return int(text)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import onnx_ir as ir
 from rxdeploy.bench.samples import sample_images
 from rxdeploy.cache import Cache
 from rxdeploy.engines import bundle as bundles
-from rxdeploy.engines.bundle import Bundle, Manifest, Tuning
+from rxdeploy.engines.bundle import Bundle, CpuSettings, Manifest, Tuning
 from rxdeploy.engines.flavours import FLAVOURS, Flavour
 from rxdeploy.engines.gpu import find_driver
 from rxdeploy.engines.options import MAX_BATCH, EngineOptions, Profile
@@ -20,11 +20,12 @@ from rxdeploy.errors import CheckFailed, InputError
 from rxdeploy.export.graph import serialise
 from rxdeploy.export.passes import PASSES
 from rxdeploy.export.passes.groups import unpack
-from rxdeploy.export.validate import LIMITS, deviation
+from rxdeploy.export.validate import LIMITS, deviation, within
 from rxdeploy.pipeline import Reporter, code_digest
+from rxdeploy.runtime.cpu import ENGINES, EngineName
 from rxdeploy.runtime.onnxrt import open_session, run_session
 from rxdeploy.tuning import stage
-from rxdeploy.tuning.device import PlanDevice, device_for
+from rxdeploy.tuning.device import CpuDevice, PlanDevice, device_for
 from rxdeploy.tuning.options import batches
 from rxdeploy.tuning.variant import Variant, apply
 
@@ -36,7 +37,8 @@ def tune(path: Path, output: Path | None, sizes: Sequence[int] | None, cache: Ca
     """Tune the bundle at `path` for this machine and write it to `output`, by default in its place.
 
     `sizes` are the batch sizes to tune for; without, those that its plan is built for, or 1 and 8. EnvironmentLacks
-    without the GPU that a plan is for; CheckFailed when the tuned model does not compute the same.
+    without the GPU that a plan is for; CheckFailed when the tuned model does not compute the same; InputError when
+    another build took the bundle's place meanwhile, which stays.
     """
     bundle = bundles.open_bundle(path)
     output, manifest = output or path, bundle.manifest
@@ -51,7 +53,8 @@ def tune(path: Path, output: Path | None, sizes: Sequence[int] | None, cache: Ca
     reporter.started("tune")
     tuning, _ = stage.by_measuring(lambda: base, device, chosen, manifest, code_digest(), cache, reporter.progress)
     tuned = serialise(apply(base, Variant(tuning.groups, tuning.passes)))
-    checked = _check(bundle, tuned)
+    _check_unchanged(bundle)
+    checked = _check(bundle, tuned, tuning.cpu, device)
     files: dict[str, Path | bytes] = {name: bundle.file(name) for name in manifest.files}
     files[bundles.MODEL] = tuned
     facts = manifest.engine
@@ -59,6 +62,7 @@ def tune(path: Path, output: Path | None, sizes: Sequence[int] | None, cache: Ca
         reporter.progress("building the plan", None)
         plan = device.build(tuned, reporter.progress)
         files[bundles.PLAN], facts = plan.data, plan.facts
+    _check_unchanged(bundle)
     return bundles.write_bundle(output, _tuned(manifest, tuning, facts, checked), files, overwrite=False)
 
 
@@ -75,25 +79,53 @@ def _engine(manifest: Manifest) -> tuple[Flavour | None, EngineOptions]:
     return flavour, EngineOptions(profiles=profiles, compute_capabilities=capabilities, **known)
 
 
-def _check(bundle: Bundle, tuned: bytes) -> dict[str, Any]:
-    """How far the tuned model's logits are from the bundle's own, on ONNX Runtime; CheckFailed beyond the limits."""
+def _check_unchanged(bundle: Bundle) -> None:
+    """InputError when there is another bundle now than was opened, unless it was only tuned."""
+    if _build(bundles.read_manifest(bundle.path)) != _build(bundle.manifest):
+        raise InputError(f"bundle {bundle.path}: it was built again while it was being tuned; tune it again")
+
+
+def _build(manifest: Manifest) -> Manifest:
+    """What tuning leaves of a manifest as it was."""
+    files = {name: digest for name, digest in manifest.files.items() if name in (bundles.CALIBRATION, bundles.LABELS)}
+    target = msgspec.structs.replace(manifest.target, gpu=None, version=None)
+    return msgspec.structs.replace(
+        manifest, digest=bundles.UNSEALED, target=target, tuning=None, engine=None, files=files
+    )
+
+
+def _check(
+    bundle: Bundle, tuned: bytes, cpu: CpuSettings | None, device: CpuDevice | PlanDevice
+) -> dict[EngineName, dict[str, Any]]:
+    """How far the tuned model's logits are from the bundle's own; CheckFailed beyond the limits.
+
+    By engine: on ONNX Runtime, as the bundle's own, and on OpenVINO where it is tuned to that.
+    """
     manifest = bundle.manifest
     feed = {manifest.inputs[0].name: sample_images(manifest, _CHECKED_ON)}
     before, after = (
         run_session(open_session(model, integers=manifest.for_integers), ["logits"], feed)[0]
         for model in (bundle.file(bundles.MODEL), tuned)
     )
+    logits: dict[EngineName, Any] = {"onnxruntime": after}
+    if cpu and cpu.engine == "openvino":
+        with device.open(tuned, cpu.engine, cpu) as opened:
+            logits[cpu.engine] = opened.run(_CHECKED_ON)
     limits = LIMITS[manifest.precision]
-    found = deviation(after, before, limits.tie)
-    if not found["relative_l2"] <= limits.relative_l2 or found["flipped"]:
-        raise CheckFailed(
-            f"the tuned model does not compute what {bundle.path} does: relative L2 {found['relative_l2']:.2g} (limit "
-            f"{limits.relative_l2:g}), {found['flipped']} of {found['images']} images change class; this is a bug"
-        )
-    return found
+    checked = {engine: deviation(each, before, limits.tie) for engine, each in logits.items()}
+    for engine, found in checked.items():
+        if not within(found, limits):
+            raise CheckFailed(
+                f"the tuned model does not compute on {ENGINES[engine]} what {bundle.path} does: relative L2 "
+                f"{found['relative_l2']:.2g} (limit {limits.relative_l2:g}), {found['flipped']} of {found['images']} "
+                "images change class; this is a bug"
+            )
+    return checked
 
 
-def _tuned(manifest: Manifest, tuning: Tuning, facts: dict[str, Any] | None, checked: dict[str, Any]) -> Manifest:
+def _tuned(
+    manifest: Manifest, tuning: Tuning, facts: dict[str, Any] | None, checked: Mapping[EngineName, Any]
+) -> Manifest:
     before = manifest.tuning.passes if manifest.tuning else ()
     passes = tuple(name for name in PASSES if name in (*before, *tuning.passes))
     tuning = msgspec.structs.replace(

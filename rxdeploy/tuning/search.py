@@ -44,8 +44,11 @@ class Found:
     report: dict[str, Any]
 
 
-def search(model: ir.Model, device: Device, batches: Sequence[int], say: Say) -> Found:
-    """The fastest of the graphs that compute what `model` computes, for batches of these sizes together."""
+def search(model: ir.Model, device: Device, batches: Sequence[int], say: Say, untuned: Variant | None = None) -> Found:
+    """The fastest of the graphs that compute what `model` computes, for batches of these sizes together.
+
+    `untuned` is what would be deployed without a search, on the first engine, and stays where nothing found is faster.
+    """
     tried = {engine: _Search(model, device, engine, batches, say).run() for engine in device.engines}
     first = device.engines[0]
     ways = {engine: (found.variant, None) for engine, found in tried.items()}
@@ -59,14 +62,23 @@ def search(model: ir.Model, device: Device, batches: Sequence[int], say: Say) ->
         steps = [_step(name, ratio, name == best) for name, ratio in ratios.items()]
     settings, setting_steps = _settings(model, device, best, tried[best].variant, batches, say)
     say("measuring the whole gain")
-    whole = {"as it was": (Variant(), None, first), "tuned": (tried[best].variant, settings, best)}
-    ratios = _compare(model, device, batches, whole)
+    untuned = untuned or Variant()
+    whole = _compare(
+        model,
+        device,
+        batches,
+        {"untuned": (untuned, None, first), "tuned": (tried[best].variant, settings, best)},
+    )["tuned"]
+    kept = whole.median < 1
     report = {
         "engines": {engine: found.report for engine, found in tried.items()},
         "engine": steps,
         "settings": setting_steps,
-        "whole": ratios["tuned"].as_facts(),
+        "whole": {**whole.as_facts(), "kept": kept},
     }
+    if not kept:
+        plain = CpuSettings(engine=first) if first in ENGINES else None
+        return Found(untuned, first, plain, report)
     return Found(tried[best].variant, best, settings, report)
 
 
@@ -136,7 +148,7 @@ class _Search:
         return {name: variant for name, variant in found.items() if variant.groups}
 
     def _better(self, now: Variant, others: dict[str, Variant]) -> Variant:
-        """The fastest of them; `now` unless another is faster beyond doubt."""
+        """The fastest of them, the smallest of those as fast; `now` unless another is faster beyond doubt."""
         others = {name: other for name, other in others.items() if other != now}
         if not others:
             return now
@@ -144,8 +156,10 @@ class _Search:
         ways = {"now": now, **others}
         whole = {name: (variant, None, self._engine) for name, variant in ways.items()}
         ratios = _compare(self._model, self._device, self._batches, whole)
-        best = min(ratios, key=lambda name: ratios[name].median)
-        best = best if ratios[best].faster(WORTH) else "now"
+        faster = [name for name in others if ratios[name].faster(WORTH)]
+        least = min((ratios[name].median for name in faster), default=1.0)
+        as_fast = [name for name in faster if ratios[name].median * (1 - WORTH) <= least]
+        best = min(as_fast, key=lambda name: _numbers(self._layers, others[name]), default="now")
         self._steps += [_step(name, ratios[name], name == best) for name in others]
         return ways[best]
 
@@ -191,6 +205,11 @@ def _promised(layers: Mapping[str, Grouped], times: Times, width: int) -> float:
         of = max((each for each in times if each <= width and name in times[each]), default=None)
         total += sum(times[of][name]) if of is not None else 0.0
     return total
+
+
+def _numbers(layers: Mapping[str, Grouped], variant: Variant) -> int:
+    """How large the weights of the grouped layers are, up to a factor."""
+    return sum(own.channels * variant.groups.get(name, own.width) for name, own in layers.items())
 
 
 def _step(what: str, ratio: Ratio, kept: bool) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import msgspec
@@ -13,11 +13,11 @@ from rxdeploy.cache import Cache, recipe_digest
 from rxdeploy.calibration.options import SchemeName
 from rxdeploy.engines.bundle import Manifest, Precision, Tuning
 from rxdeploy.export.architecture import ResNeXt
-from rxdeploy.export.passes.groups import Grouped
+from rxdeploy.export.passes.groups import Grouped, grouped
 from rxdeploy.tuning.device import Device
 from rxdeploy.tuning.rules import Rule, rule
 from rxdeploy.tuning.search import search
-from rxdeploy.tuning.variant import uniform
+from rxdeploy.tuning.variant import Variant, uniform
 
 Progress = Callable[[str, float | None], None]
 
@@ -31,18 +31,22 @@ def by_rule(
     """
     found = rule(scheme, precision) if channels is None else Rule(channels, "as asked for")
     layers = {conv.name: Grouped.of(conv.groups, conv.in_channels) for conv in network.convs() if conv.groups > 1}
-    layers = {name: own for name, own in layers.items() if own.width > 1 and name not in keep}  # nor depthwise ones
     return Tuning(
         tuned=False,
         device="any",
         cores=None,
         versions={},
         batch=(),
-        groups=uniform(layers, found.channels) if found.channels else {},
+        groups=_packed(layers, found.channels, keep),
         passes=(),
         cpu=None,
         report={"rule": found.why},
     )
+
+
+def _packed(layers: Mapping[str, Grouped], channels: int, keep: Collection[str]) -> dict[str, int]:
+    """Depthwise layers stay as they are too."""
+    return uniform({name: own for name, own in layers.items() if own.width > 1 and name not in keep}, channels)
 
 
 def by_measuring(
@@ -56,22 +60,30 @@ def by_measuring(
 ) -> tuple[Tuning, bool]:
     """The fastest of the graphs that compute what `model` does, and whether that was known already.
 
-    It is found once for a device, versions, precision and shape; weights make no difference to a speed.
+    It is found once for a device, versions, precision and shape; weights make no difference to a speed. What it gains
+    is told, and has to be more than nothing, over what the rule would have given.
     """
+    quantisation = manifest.quantisation or {}
+    keep = quantisation.get("keep", ())
+    scheme: SchemeName = "onnxruntime" if manifest.target.name == "onnxruntime" else "tensorrt"
+    scheme = quantisation.get("scheme", scheme)
     key = recipe_digest(
         card=manifest.card.sha256,
         precision=manifest.precision,
         inputs=msgspec.to_builtins(manifest.inputs),
-        integers=manifest.for_integers,
-        keep=(manifest.quantisation or {}).get("keep"),
-        weight_bits=(manifest.quantisation or {}).get("weight_bits"),
+        passes=manifest.tuning.passes if manifest.tuning else (),  # that the model has already
+        keep=keep,
+        scheme=scheme,
+        weight_bits=quantisation.get("weight_bits"),
         batch=sizes,
         device=device.facts(),
         code=code,
     )
 
     def produce(folder: Any) -> dict[str, Any]:
-        found = search(model(), device, sizes, lambda text: progress(text, None))
+        base = model()
+        untuned = Variant(_packed(grouped(base), rule(scheme, manifest.precision).channels, keep))
+        found = search(base, device, sizes, lambda text: progress(text, None), untuned)
         on_cpu = found.settings is not None
         tuning = Tuning(
             tuned=True,

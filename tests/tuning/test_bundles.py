@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,9 @@ import rxdeploy
 from rxdeploy import cli
 from rxdeploy.cache import Cache
 from rxdeploy.cards import find_card
-from rxdeploy.engines.bundle import CpuSettings, open_bundle
+from rxdeploy.engines.bundle import CpuSettings, Tuning, open_bundle
 from rxdeploy.engines.options import EngineOptions, Profile
-from rxdeploy.errors import InputError
+from rxdeploy.errors import CheckFailed, InputError
 from rxdeploy.export.passes.groups import GROUPS
 from rxdeploy.pipeline import Pipeline, Request
 from rxdeploy.tuning import contest, device, retune, search
@@ -52,7 +54,7 @@ def packed(monkeypatch: pytest.MonkeyPatch) -> None:
     def judged(ways: Any, sizes: Any) -> dict[str, contest.Ratio]:
         """Everything is run, but who wins does not depend on how busy this machine is."""
         contest.contest(ways, sizes, rounds=1)
-        faster = {name: 0.9 if name == "each layer's fastest width" else 1.0 for name in ways}
+        faster = {name: 0.9 if name in ("each layer's fastest width", "tuned") else 1.0 for name in ways}
         return {name: contest.Ratio(ratio, ratio, ratio, (ratio, ratio)) for name, ratio in faster.items()}
 
     monkeypatch.setattr(search, "choose_widths", found)
@@ -136,6 +138,39 @@ def test_what_was_measured_is_not_measured_again(
             Pipeline(request, opened).build(tmp_path / "third")
 
 
+@pytest.fixture
+def openvino_wins(packed: None, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module that runs OpenVINO, to which everything is tuned."""
+    pytest.importorskip("openvino", reason="it is tuned to")
+    judged = search.contest
+
+    def judge(ways: Any, sizes: Any) -> dict[str, contest.Ratio]:
+        ratios = judged(ways, sizes)
+        return ratios | {name: contest.Ratio(0.5, 0.5, 0.5, (0.5,)) for name in ways if name == "openvino"}
+
+    monkeypatch.setattr(search, "contest", judge)
+    return importlib.import_module("rxdeploy.runtime.openvino")
+
+
+def test_the_engine_that_is_tuned_to_is_validated(
+    build: Build, openvino_wins: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = open_bundle(build("tuned", tune=True)).manifest
+    assert manifest.tuning.cpu.engine == "openvino"
+    figures = manifest.validation["providers"]["OpenVINO"]
+    assert 0 < figures["all"]["relative_l2"] < 1e-5 and set(figures) >= {"all"}
+    plain = build("plain")
+    assert "OpenVINO" not in open_bundle(plain).manifest.validation["providers"]
+    real = openvino_wins.Requests.run
+    monkeypatch.setattr(openvino_wins.Requests, "run", lambda *arguments: np.roll(real(*arguments), 1, axis=1))
+    with pytest.raises(CheckFailed, match="OpenVINO"):
+        build("broken", tune=True, weights="synthetic:1")
+    before = open_bundle(plain).manifest
+    assert cli.run(["tune", str(plain)]) == 1
+    assert "does not compute on OpenVINO what" in capsys.readouterr().err
+    assert open_bundle(plain).manifest == before
+
+
 def test_a_bundle_is_tuned_in_place_and_keeps_the_rest(build: Build, packed: None, tmp_path: Path) -> None:
     path = build("bundle", groups="32")
     before, expected = open_bundle(path).manifest, logits(path)
@@ -143,7 +178,8 @@ def test_a_bundle_is_tuned_in_place_and_keeps_the_rest(build: Build, packed: Non
     after = open_bundle(path).manifest
     assert set(widths(path).values()) == {16} and after.tuning.tuned and after.tuning.batch == (1, 8)
     assert after.validation == before.validation and after.command == before.command
-    assert after.tuning.report["against_the_bundle_before"]["relative_l2"] < 1e-5
+    checked = after.tuning.report["against_the_bundle_before"]
+    assert set(checked) == {"onnxruntime", after.tuning.cpu.engine} and checked["onnxruntime"]["relative_l2"] < 1e-5
     np.testing.assert_allclose(logits(path), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -171,8 +207,73 @@ def test_a_tuned_model_that_computes_something_else_is_refused(
 
     monkeypatch.setattr(retune, "apply", wrong)
     assert cli.run(["tune", str(path)]) == 1
-    assert "does not compute what" in capsys.readouterr().err
+    assert "does not compute on ONNX Runtime what" in capsys.readouterr().err
     assert (path / "manifest.json").read_bytes() == before
+
+
+def test_a_model_with_a_pass_is_another_question(build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was found for a graph that has the pass says nothing of one that has not, nor the other way round."""
+
+    def judged(ways: Any, sizes: Any) -> dict[str, contest.Ratio]:
+        faster = {name: 0.9 if name in ("space_to_depth", "tuned") else 1.0 for name in ways}
+        return {name: contest.Ratio(ratio, ratio, ratio, (ratio, ratio)) for name, ratio in faster.items()}
+
+    monkeypatch.setattr(search, "contest", judged)
+    path, other = build(), tmp_path / "other"
+    tried = []
+    for _ in range(2):
+        assert cli.run(["tune", str(path), "-o", str(other)]) == 0
+        path, tuning = other, open_bundle(other).manifest.tuning
+        assert tuning.passes == ("space_to_depth",)
+        tried.append("space_to_depth" in {step["what"] for step in tuning.report["engines"]["onnxruntime"]["steps"]})
+    assert tried == [True, False]
+
+
+@pytest.mark.parametrize("after", ["measuring", "checking"])
+def test_a_bundle_that_is_built_again_meanwhile_stays(
+    after: str, build: Build, packed: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = build()
+    where, name = {"measuring": (retune.stage, "by_measuring"), "checking": (retune, "_check")}[after]
+    real = getattr(where, name)
+
+    def during(*arguments: Any) -> Any:
+        found = real(*arguments)
+        build(weights="synthetic:7")
+        return found
+
+    monkeypatch.setattr(where, name, during)
+    assert cli.run(["tune", str(path)]) == 2
+    assert "it was built again while it was being tuned" in capsys.readouterr().err
+    assert open_bundle(path).manifest.weights.source == "synthetic:7"
+
+
+def test_a_bundle_may_be_tuned_twice_at_once(build: Build, packed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, real, outcomes = build(), retune._check, []
+
+    def during(*arguments: Any) -> Any:
+        monkeypatch.setattr(retune, "_check", real)
+        outcomes.append(cli.run(["tune", str(path)]))
+        return real(*arguments)
+
+    monkeypatch.setattr(retune, "_check", during)
+    outcomes.append(cli.run(["tune", str(path)]))
+    assert outcomes == [0, 0] and set(widths(path).values()) == {16}
+
+
+@pytest.mark.parametrize(("module", "extra"), [("onnx_ir", "build"), ("filelock", "build"), ("onnxruntime", "cpu")])
+def test_a_missing_package_is_told_before_anything_is_measured(
+    module: str, extra: str, build: Build, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As on a machine that only serves."""
+    path = build()
+    monkeypatch.setattr(device.CpuDevice, "open", None)  # nobody measures
+    monkeypatch.setitem(sys.modules, module, None)
+    for name in ("retune", "stage", "search"):  # to be imported again
+        monkeypatch.delitem(sys.modules, f"rxdeploy.tuning.{name}", raising=False)
+        monkeypatch.delattr(rxdeploy.tuning, name, raising=False)
+    assert cli.run(["tune", str(path)]) == 3
+    assert f"{module} is not installed here; pip install 'rxdeploy[{extra}]'" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(rxdeploy.engines.gpu.find_driver().problem is None, reason="there is a GPU here")
@@ -189,18 +290,42 @@ def test_a_plan_cannot_be_tuned_without_its_gpu(tmp_path: Path, capsys: pytest.C
 
 
 def test_bad_input(build: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for text in ("", "0", "-1", "eight", "8,16", "65537", "1" * 40, "٣"):
+    for text in ("", "0", "-1", "eight", "8,16", "65537", "1" * 40, "000000001" + "0" * 5000, "٣"):
         with pytest.raises(InputError, match=r"^--groups .*: auto, native, or how many channels"):
             parse_groups(text)
     assert [parse_groups(text) for text in ("auto", "native", "32")] == [None, 0, 32]
     with pytest.raises(InputError, match="--tune chooses the groups"):
         build(tune=True, groups="32")
     assert cli.run(["tune", str(tmp_path / "nothing")]) == 2
-    assert cli.run(["tune", str(build()), "--batch", "0"]) == 2
-    assert "batch" in capsys.readouterr().err
+    for sizes in ("0", ""):
+        assert cli.run(["tune", str(build()), "--batch", sizes]) == 2
+        assert "batch" in capsys.readouterr().err
 
 
 def test_batches_to_tune_for() -> None:
     assert batches(EngineOptions()) == (1, 8)
     assert batches(EngineOptions(profiles=(Profile(4, 4, 4),))) == (4,)
     assert batches(EngineOptions(profiles=(Profile(2, 4, 8), Profile(8, 32, 64)))) == (2, 32)
+
+
+@pytest.mark.parametrize(
+    ("whole", "told"),
+    [
+        ({"median": 0.8}, "1.25 times as fast as untuned, on a CPU"),  # as manifests had it first
+        ({"median": 0.8, "kept": True}, "1.25 times as fast as untuned, on a CPU"),
+        ({"median": 1.1, "kept": False}, "nothing was faster, on a CPU"),
+    ],
+)
+def test_what_is_told_of_the_gain(whole: dict[str, Any], told: str) -> None:
+    tuning = Tuning(
+        tuned=True,
+        device="a CPU",
+        cores=1,
+        versions={},
+        batch=(1,),
+        groups={},
+        passes=(),
+        cpu=None,
+        report={"whole": whole},
+    )
+    assert describe(tuning) == f"groups as the model has them; {told}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator
@@ -81,10 +82,10 @@ def _groups(model: bytes) -> list[int]:
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, model: ir.Model) -> Callable[..., Found]:
-    def run(device: Simulated, batches: tuple[int, ...] = (1, 8)) -> Found:
+    def run(device: Simulated, batches: tuple[int, ...] = (1, 8), untuned: Variant | None = None) -> Found:
         monkeypatch.setattr(searching, "contest", functools.partial(contest, clock=device.clock))
         monkeypatch.setattr(searching, "cores", lambda: 2)
-        return search(model, device, batches, lambda text: None)
+        return search(model, device, batches, lambda text: None, untuned)
 
     return run
 
@@ -103,6 +104,47 @@ def test_every_layer_gets_its_own_fastest_width(run: Callable[..., Found], model
 
 def test_ties_go_to_the_smaller_model(run: Callable[..., Found]) -> None:
     assert not run(Simulated(lambda engine, name, width: 0.01 - 2e-7 * width, "tensorrt")).variant
+
+
+def test_of_graphs_as_fast_the_smaller(run: Callable[..., Found], model: ir.Model) -> None:
+    """The first layer alone gains enough; that the second is wide too makes the whole faster by half a per cent."""
+    first, second, *_ = grouped(model)
+    times = {(first, 8): 0.02, (first, 16): 0.015, (second, 16): 0.0102, (second, 32): 0.01}
+    found = run(Simulated(lambda engine, name, width: times.get((name, width), 0.01), "tensorrt"))
+    assert dict(found.variant.groups) == {first: 32}
+    steps = {step["what"]: step for step in found.report["engines"]["tensorrt"]["steps"]}
+    whole = {what: step["seconds_over_before"]["median"] for what, step in steps.items()}
+    assert whole["32 channels in every group"] < whole["each layer's fastest width"] < 0.9
+    assert [what for what, step in steps.items() if step["kept"]] == ["each layer's fastest width"]
+
+
+def test_the_gain_is_over_what_there_would_be_untuned(run: Callable[..., Found], model: ir.Model) -> None:
+    first = next(iter(grouped(model)))
+    best = {8: 0.05, 16: 0.03, 32: 0.02}
+    device = Simulated(lambda engine, name, width: best.get(width, 0.02) if name == first else 0.01, "tensorrt")
+    found = run(device, untuned=Variant({first: 16}))
+    assert dict(found.variant.groups) == {first: 32} and found.report["whole"]["kept"]
+    assert found.report["whole"]["median"] == pytest.approx((0.031 + 0.02) / (0.031 + 0.03))
+
+
+def test_what_is_no_faster_in_the_end_is_not_taken(
+    run: Callable[..., Found], model: ir.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine that other work disturbed all the while until then."""
+    first = next(iter(grouped(model)))
+    untuned = Variant({first: 16})
+    device = Simulated(lambda engine, name, width: 0.01, "onnxruntime", "openvino")
+    device.slower = lambda settings: 0.9 if settings and settings.engine == "openvino" else 1.0
+    real = searching._compare
+
+    def disturbed(model: ir.Model, device: Any, batches: Any, ways: Any) -> Any:
+        found = real(model, device, batches, ways)
+        return {**found, "tuned": dataclasses.replace(found["tuned"], median=1.04)} if "tuned" in ways else found
+
+    monkeypatch.setattr(searching, "_compare", disturbed)
+    found = run(device, untuned=untuned)
+    assert found.variant == untuned and found.settings == CpuSettings(engine="onnxruntime")
+    assert found.engine == "onnxruntime" and not found.report["whole"]["kept"]
 
 
 def test_a_graph_that_is_slower_as_a_whole_is_not_taken(

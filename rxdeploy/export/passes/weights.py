@@ -33,7 +33,8 @@ def stored(node: ir.Node) -> tuple[NDArray, NDArray]:
     quantisers = [maker for value in way if (maker := value.producer()) and maker.op_type.endswith("Linear")]
     for each in quantisers:
         axis, scale = each.attributes.get("axis"), given(each, 1).const_value
-        if scale is None or (scale.size > 1 and (axis is None or axis.as_int() != 0)):
+        blocked = scale is not None and len(scale.shape) > 1
+        if scale is None or blocked or (scale.size > 1 and (axis is None or axis.as_int() != 0)):
             raise CheckFailed(f"{node.name}: the scales of its weight {weight.name} are not one an output channel")
     array = weight.const_value.numpy()
     first = quantisers[-1] if quantisers else None

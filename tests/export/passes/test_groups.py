@@ -248,6 +248,13 @@ def test_integers_with_a_zero_point_of_their_own() -> None:
     with pytest.raises(CheckFailed, match="conv: the scales of its weight q are not one an output channel"):
         pack(model, 4)
 
+    in_blocks = np.ones((len(weight) // 3, *weight.shape[1:]), np.float32)  # of three output channels
+    values[2].const_value, values[2].shape = ir.tensor(in_blocks, name="s"), ir.Shape(in_blocks.shape)
+    dequantise.attributes["axis"] = ir.AttrInt64("axis", 0)
+    dequantise.attributes["block_size"] = ir.AttrInt64("block_size", 3)
+    with pytest.raises(CheckFailed, match="conv: the scales of its weight q are not one an output channel"):
+        pack(model, 4)
+
 
 def test_a_weight_that_two_read_is_refused() -> None:
     layer = Layer(groups=4, width=4, out=4, kernel=3, stride=1, padding=1, size=6, seed=0)
