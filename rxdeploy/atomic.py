@@ -12,44 +12,63 @@ import errno
 import fcntl
 import os
 import shutil
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 _MARK = ".rxdeploy-tmp-"
-_UNLOCKED_MARK = ".rxdeploy-new-"  # of what is not locked yet
-_STALE_S = 3600  # after which what is not locked yet never will be
+_ASIDE_MARK = ".rxdeploy-old-"  # of a folder that makes room for the new one of its name
+_ABANDONED_S = 7 * 24 * 3600  # after which a temporary is nobody's, on a file system that has no locks to tell by
 _AT_FDCWD = -100  # from fcntl.h: paths are relative to the working directory
 _RENAME_EXCHANGE = 2  # from linux/fs.h
 
 
-def _temporary_name(destination: Path) -> Path:
-    return destination.with_name(f".{destination.name}{_MARK}{uuid.uuid4().hex[:12]}")
-
-
-def _not_yet_locked(temporary: Path) -> Path:
-    return temporary.with_name(temporary.name.replace(_MARK, _UNLOCKED_MARK))
+def _temporary_name(destination: Path, mark: str = _MARK) -> Path:
+    return destination.with_name(f".{destination.name}{mark}{uuid.uuid4().hex[:12]}")
 
 
 @contextlib.contextmanager
-def _held(temporary: Path, make: Callable[[Path], object]) -> Iterator[None]:
-    """Make `temporary` and hold a lock on it, by which `sweep` in any process, or container, sees that it is in use.
-
-    It gets the name that `sweep` looks for only once it is locked. The lock goes when this process does.
+def _held(destination: Path, make: Callable[[Path], object]) -> Iterator[Path]:
+    """A temporary for `destination`, by `make`, with a lock by which `sweep` in any process, or container, sees that it
+    is in use. The lock goes when this process does, and the temporary at the end of the block.
     """
-    unnoticed = _not_yet_locked(temporary)
-    make(unnoticed)
-    handle = os.open(unnoticed, os.O_RDONLY)
+    temporary, handle = _temporary_name(destination), None
     try:
-        with contextlib.suppress(OSError):  # a file system without locks: then there is none to protect it
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.rename(unnoticed, temporary)
-        yield
+        while handle is None:
+            temporary = _temporary_name(destination)
+            make(temporary)
+            handle = _first_lock(temporary)
+        yield temporary
     finally:
-        os.close(handle)
-        _remove(unnoticed)
+        if handle is not None:
+            os.close(handle)
         _remove(temporary)
+
+
+def _first_lock(temporary: Path) -> int | None:
+    """The lock on what was made a moment ago; None when a `sweep` came first, which took it for a dead process's."""
+    try:
+        handle = _open(temporary)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:  # the sweeper has it, and removes it
+        os.close(handle)
+        return None
+    except OSError:
+        return handle  # a file system without locks: `sweep` goes by the time there
+    if not temporary.exists():
+        os.close(handle)
+        return None
+    return handle
+
+
+def _open(path: Path) -> int:
+    """A handle to lock by: over NFS, which makes flock a lock of the server's, only one that may write will do."""
+    return os.open(path, os.O_NOFOLLOW | (os.O_RDONLY if path.is_dir() else os.O_RDWR))
 
 
 def _remove(path: Path) -> None:
@@ -68,8 +87,7 @@ def new_folder(destination: Path) -> Iterator[Path]:
     """
     destination.parent.mkdir(parents=True, exist_ok=True)
     sweep(destination.parent)
-    folder = _temporary_name(destination)
-    with _held(folder, Path.mkdir):
+    with _held(destination, Path.mkdir) as folder:
         yield folder
         try:
             os.rename(folder, destination)  # works when it is absent or empty
@@ -87,8 +105,7 @@ def new_file(destination: Path) -> Iterator[Path]:
     """
     destination.parent.mkdir(parents=True, exist_ok=True)
     sweep(destination.parent)
-    temporary = _temporary_name(destination)
-    with _held(temporary, Path.touch):
+    with _held(destination, Path.touch) as temporary:
         yield temporary
         os.replace(temporary, destination)
 
@@ -99,44 +116,86 @@ def write_bytes(destination: Path, data: bytes) -> None:
         temporary.write_bytes(data)
 
 
+@contextlib.contextmanager
+def scratch_folder(purpose: str) -> Iterator[Path]:
+    """A folder of this user's alone in the system's place for temporary files, gone at the end of the block.
+
+    Unlike tempfile's it does not stay for ever when the process is killed: the next one sweeps it.
+    """
+    parent = Path(tempfile.gettempdir())
+    sweep(parent)
+    with _held(parent / f"rxdeploy-{purpose}", lambda path: path.mkdir(0o700)) as folder:
+        yield folder
+
+
+def discard(path: Path) -> None:
+    """Remove a file or folder, out of its name first: a reader finds it whole or not at all. OSError when it stays."""
+    doomed = _temporary_name(path)
+    os.rename(path, doomed)
+    _remove(doomed)
+
+
 def check_writable(destination: Path) -> None:
     """OSError when `destination` could not be written in the end; asked before the work, and leaves nothing."""
     parent = next(folder for folder in destination.resolve().parents if folder.exists())
     if os.path.ismount(destination):
         raise OSError(errno.EBUSY, "a mount point cannot be replaced; choose a folder inside", str(destination))
-    probe = parent / _not_yet_locked(_temporary_name(destination)).name
+    probe = _temporary_name(parent / destination.name)
     try:
         probe.mkdir()
-        probe.rmdir()
+        with contextlib.suppress(FileNotFoundError):  # swept by another process
+            probe.rmdir()
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(parent)) from None  # not the probe's name, which says nothing
 
 
 def sweep(folder: Path) -> None:
-    """Remove what processes that no longer live left unfinished in `folder`."""
-    for path in (*folder.glob(f".*{_MARK}*"), *folder.glob(f".*{_UNLOCKED_MARK}*")):
-        with contextlib.suppress(OSError):  # locked by its process, or gone meanwhile
-            if _UNLOCKED_MARK in path.name and time.time() - path.stat().st_mtime < _STALE_S:
-                continue
-            handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    """Remove what processes that no longer live left unfinished in `folder`, and undo a half-made exchange."""
+    for path in (*folder.glob(f".*{_MARK}*"), *folder.glob(f".*{_ASIDE_MARK}*")):
+        with contextlib.suppress(OSError):  # gone meanwhile, or not ours to remove
+            handle = _open(path)
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                _remove(path)
+                if _abandoned(handle):
+                    if _ASIDE_MARK in path.name:
+                        _restore(path)
+                    _remove(path)
             finally:
                 os.close(handle)
+
+
+def _abandoned(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # no locks here (NFS has none for folders): a writer may live on any host
+        return time.time() - os.fstat(handle).st_mtime > _ABANDONED_S
+    return True
+
+
+def _restore(aside: Path) -> None:
+    """Give a folder that was moved aside its name back, unless the new one has it."""
+    destination = aside.with_name(aside.name[1:].rpartition(_ASIDE_MARK)[0])
+    with contextlib.suppress(OSError):
+        if not os.path.lexists(destination):
+            os.rename(aside, destination)
 
 
 def _exchange(new: Path, old: Path) -> None:
     """Swap two folders; afterwards `new` is the former `old`.
 
     renameat2 does it in one step on Linux. Where it is missing (other systems, some network file systems)
-    two renames do, between which the destination is absent for a moment but never half there.
+    two renames do, between which the destination is absent for a moment but never half there; after a kill in that
+    moment `sweep` gives the old one its name back.
     """
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 and renameat2(_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(old), _RENAME_EXCHANGE) == 0:
         return
-    aside = _temporary_name(old)
+    aside = _temporary_name(old, _ASIDE_MARK)
+    handle = _open(old)
     try:
+        with contextlib.suppress(OSError):  # as in `_held`: no `sweep` is to take it while this process lives
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.rename(old, aside)
         os.rename(new, old)
         os.rename(aside, new)
@@ -146,3 +205,5 @@ def _exchange(new: Path, old: Path) -> None:
         else:
             shutil.rmtree(aside, ignore_errors=True)
         raise
+    finally:
+        os.close(handle)

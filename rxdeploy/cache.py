@@ -3,17 +3,21 @@
 An entry is a folder named after its stage and the digest of everything that determines the result. Two
 builds at once share the work: the second waits for the first. Entries are checked against their digests
 before they are used, and the least recently used go when the cache outgrows its limit.
+
+A cache that cannot be written is read all the same: what it lacks is computed into a folder that goes with the build.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +33,9 @@ FOLDER_VARIABLE = "RXDEPLOY_CACHE"
 LIMIT_VARIABLE = "RXDEPLOY_CACHE_LIMIT_GB"
 DEFAULT_LIMIT_GB = 20.0
 _ENTRY = "entry.json"
+_CALIBRATING = "calibrating"  # what interrupted calibrations are to go on from
+_GIVEN_UP_S = 30 * 24 * 3600  # after which nobody will
+_READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 def cache_folder() -> Path:
@@ -77,13 +84,42 @@ class Cache:
         self._force = force  # compute everything once more, and keep that
         self._made: set[str] = set()
         self._in_use: list[IO[bytes]] = []
+        self._scratch = contextlib.ExitStack()
+        self._writing: Path | None = None  # where new entries go, once that is known
 
     def close(self) -> None:
         """Let go of the entries handed out, and evict what is over the limit."""
         for file in self._in_use:
             file.close()
         self._in_use.clear()
+        self._scratch.close()
+        self._writing = None
         self._evict()
+
+    @property
+    def writing(self) -> Path:
+        """The folder for what is new: the cache's own, or while that is read-only, one that `close` removes."""
+        if self._writing is None:
+            self._writing = self.folder
+            if not self._writable():
+                log.warning(
+                    "the cache %s cannot be written: what it has is used, nothing is added; set %s to another folder",
+                    *(self.folder, FOLDER_VARIABLE),
+                )
+                self._writing = self._scratch.enter_context(atomic.scratch_folder("cache"))
+        return self._writing
+
+    def _writable(self) -> bool:
+        """Whether there is leave to write; asked without writing, as a full disk can still be read from."""
+        parts = [self.folder / part for part in ("locks", "stages")]
+        try:
+            for part in parts:
+                part.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            if error.errno in _READ_ONLY:
+                return False
+            raise
+        return all(os.access(part, os.W_OK | os.X_OK) for part in parts)
 
     def stage(self, name: str, key: str, produce: Callable[[Path], dict[str, Any]], verify: bool = True) -> Entry:
         """The entry for `name` and `key`; `produce` fills a folder and returns the facts when there is none.
@@ -91,14 +127,15 @@ class Cache:
         `verify` checks every file's digest first; leave it out when only the facts are wanted. While one
         process produces an entry, others that want it wait.
         """
-        folder = self.folder / "stages" / f"{name}-{key[:40]}"
-        lock = self.folder / "locks" / f"{folder.name}.lock"
+        folder = self.writing / "stages" / f"{name}-{key[:40]}"
+        lock = self.writing / "locks" / f"{folder.name}.lock"
         lock.parent.mkdir(parents=True, exist_ok=True)
         with _waiting_lock(lock, name):
             if not (self._force and folder.name not in self._made):
-                entry = self._lookup(folder, verify)
-                if entry is not None:
-                    return entry
+                for place in dict.fromkeys((folder, self.folder / "stages" / folder.name)):
+                    entry = self._lookup(place, verify)
+                    if entry is not None:
+                        return entry
             with atomic.new_folder(folder) as new:
                 facts = produce(new)
                 files = {path.name: [path.stat().st_size, sha256_of(path)] for path in sorted(new.iterdir())}
@@ -114,9 +151,10 @@ class Cache:
         """The entry in `folder`, held against eviction, or None when there is none or it is damaged."""
         try:
             file = (folder / _ENTRY).open("rb")
-        except FileNotFoundError:
+        except (FileNotFoundError, PermissionError):
             return None
-        fcntl.flock(file, fcntl.LOCK_SH)
+        with contextlib.suppress(OSError):  # a file system without locks: then nothing there is evicted either
+            fcntl.flock(file, fcntl.LOCK_SH)
         try:
             digest, _, body = file.read().partition(b"\n")
             if hashlib.sha256(body).hexdigest().encode() != digest:
@@ -126,7 +164,8 @@ class Cache:
                 path = folder / name
                 if path.stat().st_size != size or (verify and sha256_of(path) != sha256):
                     raise ValueError(f"{path} is damaged")
-            os.utime(folder / _ENTRY)
+            with contextlib.suppress(OSError):  # read-only
+                os.utime(folder / _ENTRY)
             entry = Entry(folder, record["facts"], reused=folder.name not in self._made)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             # Altered, of another version's format, or evicted since it was opened: it has to be made again.
@@ -139,7 +178,7 @@ class Cache:
         """Remove least recently used entries until the rest fits, passing over those in use."""
         if not (self.folder / "stages").is_dir():
             return
-        atomic.sweep(self.folder / "stages")
+        self._sweep()
         entries = []
         for folder in (self.folder / "stages").glob("[!.]*"):  # not what is being written
             with contextlib.suppress(OSError):
@@ -152,6 +191,16 @@ class Cache:
                 return
             if _remove_unused(folder):
                 total -= size
+
+    def _sweep(self) -> None:
+        """Remove what killed processes left, and what calibrations were to go on from that nobody came back to."""
+        for part in ("stages", "timing"):
+            atomic.sweep(self.folder / part)
+        for folder in (self.folder / _CALIBRATING).glob("*"):
+            with contextlib.suppress(OSError):  # gone meanwhile
+                if time.time() - folder.stat().st_mtime > _GIVEN_UP_S:
+                    shutil.rmtree(folder, ignore_errors=True)
+            atomic.sweep(folder)
 
     def usage(self) -> dict[str, int]:
         """Stage results and their size in bytes, to which the limit applies, and the size of downloaded weights."""
@@ -166,11 +215,12 @@ class Cache:
 
     def clear(self) -> None:
         """Remove everything that is not in use by another process."""
+        self._sweep()
         for folder in sorted((self.folder / "stages").glob("[!.]*")):
             _remove_unused(folder)
         for path in sorted((self.folder / "weights").glob("*")):
             _remove_unlocked(path)
-        for name in ("timing", "calibrating"):
+        for name in ("timing", _CALIBRATING):
             shutil.rmtree(self.folder / name, ignore_errors=True)
 
 
@@ -205,15 +255,12 @@ def _waiting_lock(path: Path, stage: str) -> Iterator[None]:
 def _remove_unused(folder: Path) -> bool:
     """Remove an entry unless some process holds it."""
     try:
-        with (folder / _ENTRY).open("rb") if (folder / _ENTRY).exists() else contextlib.nullcontext() as file:
+        with (folder / _ENTRY).open("r+b") if (folder / _ENTRY).exists() else contextlib.nullcontext() as file:
             if file:  # an entry without its record is no entry, and nobody uses it
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Out of its name first: a reader then sees a whole entry or none.
-            doomed = folder.with_name(f".{folder.name}.rxdeploy-tmp-evicted-{os.getpid()}")
-            os.rename(folder, doomed)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which over NFS wants a file that may be written
+            atomic.discard(folder)
     except OSError:
         return False
-    shutil.rmtree(doomed, ignore_errors=True)
     return True
 
 

@@ -16,7 +16,15 @@ import click
 
 from rxdeploy import __version__
 from rxdeploy.__main__ import INTERRUPTED
-from rxdeploy.errors import CheckFailed, InputError, RxDeployError, from_os_error
+from rxdeploy.errors import (
+    EXTRA_OF_MODULE,
+    CheckFailed,
+    InputError,
+    RxDeployError,
+    from_os_error,
+    inert,
+    missing_module,
+)
 
 if TYPE_CHECKING:
     from rxdeploy.cards import ModelCard
@@ -51,6 +59,8 @@ def _report(error: BaseException) -> int:
         return error.exit_code
     if isinstance(error, OSError):
         error = from_os_error(error, "rxdeploy")
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in EXTRA_OF_MODULE:
+        error = missing_module(error)
     if isinstance(error, RxDeployError):
         _complain(str(error))
         return error.exit_code
@@ -69,7 +79,7 @@ def _was_interrupted(error: BaseException | None) -> bool:
 
 
 def _complain(text: str) -> None:
-    click.echo(f"error: {text}", err=True)
+    click.echo(f"error: {inert(text)}", err=True)  # names of files, and texts from them, are in it
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -102,6 +112,16 @@ device_option = click.option(
     show_default=True,
     help="tensorrt: the plan; cuda: ONNX Runtime; cpu: the engine it was tuned to, or ONNX Runtime; onnxruntime, "
     "openvino: the CPU with that one; auto: the first that works. Another GPU: tensorrt:1.",
+)
+
+trusted_option = click.option(
+    "--trusted-key",
+    "trusted_keys",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="PEM",
+    callback=lambda context, parameter, keys: keys or None,
+    help="Refuse a bundle that is not signed with this public key. May be repeated: one of them.",
 )
 
 _weights_option = click.option(
@@ -301,9 +321,12 @@ def build(as_json: bool, output: Path | None, overwrite: bool, force: bool, **ch
 
     request = _request(**choices)
     output = output or Path(f"{request.card.name}-{request.precision}")
+    signed = _is_signed(output)
     with open_cache(force) as cache, TerminalReporter() as reporter:
         pipeline = Pipeline(request, cache, reporter)
         bundle = pipeline.build(output, overwrite)
+    if signed:
+        _warn_unsigned(output)
     _warn_synthetic(bundle.manifest.weights.kind, bundle.manifest.weights.source)
     if as_json:
         import json
@@ -447,6 +470,7 @@ def calibrate(
         stages = [stage_facts(stage) for stage in pipeline.stages]
         return _print_json({"calibration": str(output), "stages": stages, **entry.facts, **found})
     _print(report.trials_table(record, entry.facts["scheme"]))
+    _print(report.clipped_table(record, entry.facts["scheme"]))
     if layers:
         _print(report.sensitivity_table(layers))
     click.echo(output)
@@ -458,13 +482,22 @@ def calibrate(
 @click.option("-k", "--top", default=5, show_default=True, type=click.IntRange(1), help="Classes to show an image.")
 @click.option("--labels", type=click.Path(path_type=Path), help="Class names, one a line, instead of the bundle's.")
 @device_option
+@trusted_option
 @json_option
-def classify(bundle: Path, images: tuple[Path, ...], top: int, labels: Path | None, device: str, as_json: bool) -> None:
+def classify(
+    bundle: Path,
+    images: tuple[Path, ...],
+    top: int,
+    labels: Path | None,
+    device: str,
+    trusted_keys: tuple[Path, ...] | None,
+    as_json: bool,
+) -> None:
     """Classify IMAGES with a bundle."""
     from rxdeploy import runtime
     from rxdeploy.terminal import classification_table
 
-    with runtime.load(bundle, device, labels) as session:
+    with runtime.load(bundle, device, labels, trusted_keys=trusted_keys) as session:
         found = list(session.classify(images, top))
     manifest = session.bundle.manifest
     results = [(image.path, image.predictions) for image in found if image.predictions is not None]
@@ -502,6 +535,7 @@ def classify(bundle: Path, images: tuple[Path, ...], top: int, labels: Path | No
 )
 @click.option("--seconds", type=float, default=3.0, show_default=True, help="How long to measure each batch size.")
 @device_option
+@trusted_option
 @click.option("--layers", is_flag=True, help="Profile the layers too, at the largest batch size.")
 @click.option(
     "--json",
@@ -522,6 +556,7 @@ def bench(
     batch: tuple[str, ...],
     seconds: float,
     device: str,
+    trusted_keys: tuple[Path, ...] | None,
     layers: bool,
     json_file: Path | None,
     plot_file: Path | None,
@@ -539,7 +574,7 @@ def bench(
     if plot_file:
         check_plot(plot_file)
     with TerminalReporter() as reporter:
-        result = benchmark.benchmark(bundle, device, sizes, seconds, layers, reporter)
+        result = benchmark.benchmark(bundle, device, sizes, seconds, layers, reporter, trusted_keys)
     if json_file and not to_stdout:
         facts.write_json(result, json_file)
     if plot_file:
@@ -593,6 +628,7 @@ def bench(
     show_default=True,
     help="What to do when the images are too few to tell.",
 )
+@trusted_option
 @json_option
 def evaluate(bundle: Path, as_json: bool, **choices: Any) -> None:
     """Measure a bundle's accuracy, and whether it dropped against a baseline's."""
@@ -666,15 +702,65 @@ def tune(bundle: Path, output: Path | None, batch: str | None, force: bool, as_j
     from rxdeploy.tuning import report, retune
     from rxdeploy.tuning.describe import describe
 
-    sizes = parse_batches(batch) if batch else None
+    sizes = None if batch is None else parse_batches(batch)
+    signed = _is_signed(bundle)
     with open_cache(force) as cache, TerminalReporter() as reporter:
         found = retune.tune(bundle, output, sizes, cache, reporter)
+    if signed:
+        _warn_unsigned(found.path)
     if as_json:
         return _print_json({"bundle": str(found.path), "manifest": json.loads(manifest_json(found.manifest))})
     assert found.manifest.tuning is not None
     for table in report.tables(found.manifest.tuning):
         _print(table)
     click.echo(describe(found.manifest.tuning))
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--key", required=True, type=click.Path(path_type=Path), metavar="PEM", help="The private key, on P-256 to P-521."
+)
+@click.option(
+    "--password-file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Whose first line is the key's password. [default: asked for, where the key has one]",
+)
+@json_option
+def sign(bundle: Path, key: Path, password_file: Path | None, as_json: bool) -> None:
+    """Sign BUNDLE with a private key, so that who has the public one can tell it from others."""
+    from rxdeploy.signing import report
+    from rxdeploy.signing.keys import read_password
+    from rxdeploy.signing.sign import sign
+
+    signed = sign(bundle, key, read_password(password_file) if password_file else _ask_password(key))
+    if as_json:
+        return _print_json(report.as_facts(signed))
+    click.echo(report.describe(signed))
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--key",
+    "keys",
+    required=True,
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="PEM",
+    help="A public key that is trusted. May be repeated: one of them.",
+)
+@json_option
+def verify(bundle: Path, keys: tuple[Path, ...], as_json: bool) -> None:
+    """Check that BUNDLE is signed with a key that is trusted, and is what was signed; exit code 1 when not."""
+    from rxdeploy.signing import report
+    from rxdeploy.signing.sign import verify
+
+    verified = verify(bundle, keys)
+    if as_json:
+        return _print_json(report.as_facts(verified))
+    click.echo(report.describe(verified))
 
 
 @cli.command()
@@ -694,13 +780,24 @@ def tune(bundle: Path, output: Path | None, batch: str | None, force: bool, as_j
     "--max-delay-ms", type=float, default=2.0, show_default=True, help="How long a request may wait for others."
 )
 @click.option("--overwrite", is_flag=True, help="Replace a model of that name.")
+@trusted_option
 @json_option
-def package(bundle: Path, kind: str, output: Path, overwrite: bool, as_json: bool, **choices: Any) -> None:
+def package(
+    bundle: Path,
+    kind: str,
+    output: Path,
+    overwrite: bool,
+    trusted_keys: tuple[Path, ...] | None,
+    as_json: bool,
+    **choices: Any,
+) -> None:
     """Write BUNDLE as another server wants it."""
     from rxdeploy.engines.bundle import open_bundle
     from rxdeploy.packaging import triton
 
-    made = triton.package(open_bundle(bundle), output, overwrite=overwrite, **choices)
+    made = triton.package(open_bundle(bundle, trusted_keys), output, overwrite=overwrite, **choices)
+    if _is_signed(bundle):
+        click.echo(f"{made.path} carries no signature: that of {bundle} is of the bundle's own files", err=True)
     if as_json:
         return _print_json({"format": kind, "model": str(made.path), "backend": made.backend, "reason": made.reason})
     click.echo(f"{made.path}, for Triton's {made.backend} backend ({made.reason})")
@@ -811,6 +908,26 @@ def _refuse_existing(output: Path, overwrite: bool) -> None:
         check_writable(output)
     except OSError as error:
         raise from_os_error(error, f"output {output}") from None
+
+
+def _is_signed(bundle: Path) -> bool:
+    from rxdeploy.signing.signature import SIGNATURE
+
+    return (bundle / SIGNATURE).exists()
+
+
+def _warn_unsigned(bundle: Path) -> None:
+    click.echo(f"{bundle} is not signed: the signature was of what it was before; sign it again", err=True)
+
+
+def _ask_password(key: Path) -> bytes | None:
+    """The password of a private key that has one, typed in without being shown."""
+    from rxdeploy.signing.keys import is_encrypted
+
+    if not is_encrypted(key) or not sys.stdin.isatty():
+        return None
+    password: str = click.prompt(f"Password of {key}", hide_input=True, err=True)
+    return password.encode()
 
 
 def _warn_synthetic(kind: str, source: str) -> None:

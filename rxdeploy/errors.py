@@ -47,6 +47,9 @@ EXTRA_OF_MODULE = {
     "matplotlib": "bench",
     "tensorrt_rtx": "rtx",
     "tensorrt": "tensorrt",
+    "cryptography": "verify",
+    "model_signing": "sign",
+    "OpenSSL": "sign",
 }
 
 
@@ -59,9 +62,19 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+_LONGEST = 300  # characters of a text from a file, in an error or a table
+
+
 def printable(text: str) -> str:
-    """`text` from a file we did not write, fit for a terminal: control characters become question marks."""
-    return "".join(c if c.isprintable() else "?" for c in text)
+    """`text` from a file we did not write, fit for a terminal: control characters become question marks, and what is
+    longer than a line can be ends in "..."."""
+    text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+    return inert(text).replace("\n", "?")
+
+
+def inert(text: str) -> str:
+    """`text` without what a terminal would take for a command: control characters but line feeds become "?"."""
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
 
 
 def missing_module(error: ModuleNotFoundError) -> EnvironmentLacks:
@@ -75,7 +88,8 @@ def missing_module(error: ModuleNotFoundError) -> EnvironmentLacks:
 def from_os_error(error: OSError, doing: str) -> RxDeployError:
     """Translate an operating-system error met while `doing` something (a gerund phrase)."""
     reason = error.strerror or str(error)
-    where = f" ({error.filename})" if error.filename else ""
+    name = error.filename2 or error.filename  # a copy fails for its destination
+    where = f" ({name})" if name else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return EnvironmentLacks(f"{doing}: {reason}{where}; free some room, or choose another folder")
     return InputError(f"{doing}: {reason}{where}")

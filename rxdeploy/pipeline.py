@@ -221,7 +221,7 @@ class Pipeline:
 
         assert self.request.calibration is not None
         options = self.request.calibration
-        return CalibrationStage(self.request.card, options, self._scheme, self.cache.folder, self.reporter.progress)
+        return CalibrationStage(self.request.card, options, self._scheme, self.cache.writing, self.reporter.progress)
 
     @functools.cached_property
     def _calibration_key(self) -> str:
@@ -350,18 +350,23 @@ class Pipeline:
             decided = figures["images"] - figures["ties"]
             ties = f" ({figures['ties']} tied)" if figures["ties"] else ""
             agreement = f"top-1 agrees on all {decided} decided of {figures['images']} images{ties}"
-            return done(entry, f"relative L2 {figures['relative_l2']:.1e} against PyTorch, {agreement}")
+            half = entry.facts.get("float16")
+            room = f", float16 headroom {half['headroom']:.3g}" if half and half["headroom"] else ""
+            return done(entry, f"relative L2 {figures['relative_l2']:.1e} against PyTorch, {agreement}{room}")
 
     def _tested(self, precision: Precision) -> Entry:
         """The model in the precision asked for as it is deployed; in another as it was exported."""
         return self._deployed() if precision == self.request.precision else self._model(precision)
 
     def _validation(self, precision: Precision) -> Entry:
+        deployed = precision == self.request.precision
+        cpu = self._tuning.cpu if deployed else None
         key = recipe_digest(
-            model=self._deployed_key if precision == self.request.precision else self._model_key(precision),
+            model=self._deployed_key if deployed else self._model_key(precision),
             reference=self._reference_key,
             batches=self._batches,
-            tools=versions("onnxruntime", "onnxruntime-gpu"),
+            cpu=msgspec.to_builtins(cpu),
+            tools=versions("onnxruntime", "onnxruntime-gpu", "openvino"),
             gpus=[gpu.name for gpu in find_driver().gpus],
         )
 
@@ -376,7 +381,7 @@ class Pipeline:
             self.reporter.progress("running ONNX Runtime", None)
             logits = np.load(reference.folder / "logits.npy")
             path, batches = model.folder / MODEL, self._batches
-            facts = validate_model(self.request.card, path, precision, logits, batches, samples)
+            facts = validate_model(self.request.card, path, precision, logits, batches, samples, cpu)
             largest = reference.facts["largest"]
             layer = max(largest, key=largest.__getitem__)
             return facts | {"largest_activation": {"layer": layer, "magnitude": largest[layer]}}
@@ -438,7 +443,7 @@ class Pipeline:
 
     def validation_failure(self, facts: dict[str, Any], model: Path) -> str:
         """Why a validation failed, with the first tensor that departs."""
-        from rxdeploy.export.float16 import FLOAT16_MAX
+        from rxdeploy.export.headroom import describe
         from rxdeploy.export.layers import first_departure
 
         precision = facts["precision"]
@@ -446,11 +451,11 @@ class Pipeline:
             ((provider, group["all"]) for provider, group in facts["providers"].items()),
             key=lambda item: (item[1]["relative_l2"] != item[1]["relative_l2"], item[1]["relative_l2"]),  # NaN first
         )
-        first = first_departure(self.compare_layers(model, precision))
-        if first is None:
+        half = facts.get("float16")
+        if half and half["overflowed"]:
+            where = f"{describe(half)}; use --fp32"
+        elif (first := first_departure(self.compare_layers(model, precision))) is None:
             where = "on two of the images no single layer departs"
-        elif precision == "fp16" and first.largest > FLOAT16_MAX:
-            where = f"{first.name} overflows: it reaches {first.largest:g}, float16 ends at {FLOAT16_MAX:g}; use --fp32"
         else:
             where = f"the first tensor that departs is {first.name} (relative L2 {first.relative_l2:.2g})"
         return (

@@ -14,8 +14,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from rxdeploy.engines.bundle import Bundle, Manifest
-from rxdeploy.errors import printable
+from rxdeploy.engines.bundle import Bundle, Manifest, strange_manifest
+from rxdeploy.errors import inert, printable
+from rxdeploy.export.headroom import describe as describe_headroom
 from rxdeploy.pipeline import Reporter, Stage, size_text
 from rxdeploy.runtime import Prediction
 
@@ -89,7 +90,19 @@ def stage_facts(stage: Stage) -> dict[str, Any]:
 
 
 def describe_bundle(bundle: Bundle, whole: bool = False) -> str:
-    """A bundle for people, a fact a line: its main facts, or with `whole` all of them."""
+    """A bundle for people, a fact a line: its main facts, or with `whole` all of them.
+
+    InputError for a manifest that lacks some of them, though it has the right digest: it was not written by rxdeploy.
+    """
+    try:
+        rows = _facts(bundle, whole)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise strange_manifest(bundle.path, error) from None
+    one_line = ((printable(name), inert(text).replace("\n", "?")) for name, text in rows)
+    return "\n".join(f"{name:<14} {text}" for name, text in one_line)
+
+
+def _facts(bundle: Bundle, whole: bool) -> list[tuple[str, str]]:
     manifest = bundle.manifest
     rows: list[tuple[str, str]] = [
         ("bundle", str(bundle.path)),
@@ -116,7 +129,7 @@ def describe_bundle(bundle: Bundle, whole: bool = False) -> str:
         (name, f"{size_text(file.bytes)}, sha256 {file.sha256 if whole else file.sha256[:8]}")
         for name, file in manifest.files.items()
     ]
-    return "\n".join(f"{name:<14} {text}" for name, text in rows)
+    return rows
 
 
 def _claims(manifest: Manifest) -> list[tuple[str, str]]:
@@ -204,7 +217,8 @@ def precision_table(layers: Sequence[Any]) -> Table:
     """The precision of every layer of a model."""
     table = Table("layer", "operation", "reads", "weights", "gives")
     for layer in layers:
-        table.add_row(layer.name, layer.op, ", ".join(layer.inputs), layer.weights or "-", layer.output)
+        cells = (layer.name, layer.op, ", ".join(layer.inputs), layer.weights or "-", layer.output)
+        table.add_row(*(escape(printable(cell)) for cell in cells))  # the names are the file's
     return table
 
 
@@ -220,6 +234,8 @@ def _validation(manifest: Manifest) -> list[tuple[str, str]]:
                 f"{overall['flipped']} of {overall['images']} images change class",
             )
         )
+    if half := manifest.validation.get("float16"):
+        rows.append(("float16", describe_headroom(half)))
     if manifest.engine:
         rows.append(("not run", "engine.plan: what was validated is model.onnx, which it was built from"))
     return rows
@@ -242,6 +258,8 @@ def validation_table(facts: dict[str, Any]) -> Table:
                 str(group["flipped"]),
             )
     table.caption = f"limits: relative L2 {facts['limits']['relative_l2']:g}, flipped 0"
+    if half := facts.get("float16"):
+        table.caption += f"; {escape(printable(describe_headroom(half)))}"
     return table
 
 
@@ -250,9 +268,8 @@ def layer_table(layers: Sequence[Any]) -> Table:
     table = Table("tensor", "largest", "max abs error", "relative L2", "")
     for layer in layers:
         mark = "[red]departs[/]" if layer.departs else ""
-        table.add_row(
-            layer.name, f"{layer.largest:.3g}", f"{layer.max_abs_error:.3g}", f"{layer.relative_l2:.3g}", mark
-        )
+        name = escape(printable(layer.name))
+        table.add_row(name, f"{layer.largest:.3g}", f"{layer.max_abs_error:.3g}", f"{layer.relative_l2:.3g}", mark)
     return table
 
 

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -34,6 +38,27 @@ with getattr(atomic, sys.argv[1])(Path(sys.argv[2])) as new:
     (new / "half" if sys.argv[1] == "new_folder" else new).write_text("half")
     print("writing", flush=True)
     sys.stdin.read()
+"""
+
+# Replaces a folder without renameat2, and is killed after so many renames.
+KILLED = """
+import ctypes, os, signal, sys
+from pathlib import Path
+from rxdeploy import atomic
+rename, left = os.rename, int(sys.argv[1])
+def killed(source, target):
+    global left
+    left -= 1
+    try:
+        rename(source, target)
+    finally:
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
+ctypes.CDLL = lambda *_, **__: None
+os.rename = killed
+with atomic.new_folder(Path(sys.argv[2])) as folder:
+    for name in "ab":
+        (folder / name).write_text("new")
 """
 
 
@@ -250,7 +275,7 @@ def test_without_renameat2_a_failure_between_the_renames_brings_the_old_folder_b
     def second_fails(source: Path, target: Path) -> None:
         nonlocal calls
         calls += 1
-        if calls == 4:  # after its own name, the attempt without replacing, and the old folder's move aside
+        if calls == 3:  # after the attempt without replacing, and the old folder's move aside
             assert not destination.exists()
             raise error
         rename(source, target)
@@ -368,14 +393,108 @@ def raising_lookup_error(*_: object) -> None:
     raise ProcessLookupError
 
 
-def test_sweep_removes_what_was_never_locked_when_it_is_old(tmp_path: Path) -> None:
-    old = tmp_path / ".it.rxdeploy-new-1"
-    old.mkdir()
+def test_where_there_are_no_locks_sweep_goes_by_age(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with atomic.new_folder(tmp_path / "it") as folder:
+        atomic.sweep(tmp_path)
+        fill(folder, "1")
+    for name in (".it.rxdeploy-tmp-1", ".it.rxdeploy-tmp-2"):
+        (tmp_path / name).mkdir()
+    os.utime(tmp_path / ".it.rxdeploy-tmp-1", (0, 0))
     atomic.sweep(tmp_path)
-    assert old.exists()
-    os.utime(old, (0, 0))
+    assert names(tmp_path) == [".it.rxdeploy-tmp-2", "it"]
+
+
+@pytest.mark.parametrize("moment", ["open", "flock", "exists"])
+def test_a_sweep_between_making_and_locking_costs_a_new_try(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """What is not locked yet looks like a dead process's; whoever made it then makes another."""
+    patched, original = {
+        "open": (atomic.os, os.open),
+        "flock": (atomic.fcntl, fcntl.flock),
+        "exists": (Path, Path.exists),
+    }[moment]
+    swept: list[str] = []
+
+    def after_a_sweep(*arguments: Any, **options: Any) -> Any:
+        monkeypatch.undo()
+        swept.extend(names(tmp_path))
+        if moment != "exists":
+            atomic.sweep(tmp_path)
+        else:  # the sweeper had the lock first, and is done
+            shutil.rmtree(tmp_path / names(tmp_path)[0])
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(patched, moment, after_a_sweep)
+    destination = tmp_path / "it"
+    with atomic._held(destination, Path.mkdir) as folder:
+        assert folder.is_dir() and names(tmp_path) == [folder.name]
+        assert len(swept) == 1 and swept[0] != folder.name
+    assert names(tmp_path) == []
+
+
+def test_a_sweeper_that_has_the_lock_is_left_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flock, others = fcntl.flock, []
+
+    def second(handle: int, how: int) -> None:
+        monkeypatch.undo()
+        (name,) = names(tmp_path)
+        others.append(os.open(tmp_path / name, os.O_RDONLY))
+        flock(others[0], fcntl.LOCK_EX)
+        flock(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", second)
+    with atomic._held(tmp_path / "it", Path.mkdir) as folder:
+        assert folder.is_dir() and len(names(tmp_path)) == 2
+    os.close(others[0])
+
+
+@pytest.mark.parametrize(("calls", "left"), [(1, "old"), (2, "old"), (3, "new")])
+def test_a_kill_within_an_exchange_by_renames_loses_neither_folder(tmp_path: Path, calls: int, left: str) -> None:
+    destination = tmp_path / "it"
+    destination.mkdir()
+    fill(destination, "old")
+    done = subprocess.run([sys.executable, "-c", KILLED, str(calls), str(destination)], env=ENVIRONMENT, timeout=60)
+    assert done.returncode == -signal.SIGKILL
     atomic.sweep(tmp_path)
-    assert not old.exists()
+    assert content(destination) == {"a": left, "b": left}
+    assert names(tmp_path) == ["it"]
+
+
+# scratch_folder, discard
+
+
+def test_a_scratch_folder_is_private_and_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    left = tmp_path / ".rxdeploy-tune.rxdeploy-tmp-0"
+    left.mkdir()
+    with atomic.scratch_folder("tune") as folder:
+        assert folder.parent == tmp_path and folder.stat().st_mode & 0o777 == 0o700
+        assert not left.exists(), "what a killed process left"
+        fill(folder, "1")
+    assert names(tmp_path) == []
+
+
+def test_discard_takes_away_the_name_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "it").mkdir()
+    fill(tmp_path / "it", "1")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", interrupted)
+        atomic.discard(tmp_path / "it")
+    (left,) = names(tmp_path)
+    assert left.startswith(".it.rxdeploy-tmp-")
+    atomic.sweep(tmp_path)
+    assert names(tmp_path) == []
+    with pytest.raises(FileNotFoundError):
+        atomic.discard(tmp_path / "it")
+
+
+def interrupted(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_sweep_keeps_everything_else(tmp_path: Path) -> None:

@@ -577,7 +577,7 @@ def test_a_read_only_disk(shell: Shell, small_disk: Callable[[str], Path], monke
     assert f"Read-only file system ({disk})" in shell.refused(*BUILD, "-o", disk / "bundle")
     assert "Read-only file system" in shell.refused("export", DIGITS, "-o", disk / "model.onnx")
     monkeypatch.setenv("RXDEPLOY_CACHE", str(disk / "cache"))
-    assert "Read-only file system" in shell.refused(*BUILD)
+    shell.done(*BUILD)  # without a cache, then
 
 
 def test_a_cache_in_the_way_of_a_file(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -931,7 +931,6 @@ def test_ctrl_c_while_an_earlier_bundle_is_replaced(
         Interruption("os.rename", "after", 3),
         Interruption("os.rename", "before", 4),
         Interruption("os.rename", "after", 4),
-        Interruption("os.rename", "before", 5),
     ],
     ids=str,
 )
@@ -965,11 +964,11 @@ def interrupted_while_replacing(shell: Shell, monkeypatch: pytest.MonkeyPatch, p
         ("rxdeploy.export.validate.check_interface", ("validate", DIGITS, "--onnx", "model.onnx", "--fp32")),
         ("rxdeploy.export.graph.serialise", ("export", DIGITS, "-o", "new.onnx", "--force")),
         ("os.replace", ("export", DIGITS, "--fp32", "-o", "model.onnx", "--overwrite")),
-        ("rxdeploy.engines.bundle.sha256_of", ("classify", "bundle", "image.png")),
+        ("rxdeploy.engines.bundle._checked", ("classify", "bundle", "image.png")),
         ("rxdeploy.runtime.session.open_rgb", ("classify", "bundle", "image.png", "image.png")),
         ("rxdeploy.runtime.session.transform", ("classify", "bundle", "image.png", "--json")),
         ("onnxruntime.InferenceSession", ("classify", "bundle", "image.png")),
-        ("rxdeploy.engines.bundle.sha256_of", ("inspect", "bundle")),
+        ("rxdeploy.engines.bundle._checked", ("inspect", "bundle")),
         ("rxdeploy.doctor.examine", ("doctor",)),
         ("rxdeploy.cards.builtin_cards", ("models",)),
         ("rxdeploy.cache.Cache.usage", ("cache",)),

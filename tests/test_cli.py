@@ -286,7 +286,7 @@ def test_default_output_and_precision(run: Run, builds: None, options: tuple[str
     assert result.code == 0
     assert {path.name for path in Path().iterdir()} == {f"{DIGITS}-{name}"}
     inside = {path.name for path in Path(f"{DIGITS}-{name}").iterdir()}
-    assert inside == {"labels.txt", "manifest.json", "model.onnx"}
+    assert inside == {"labels.txt", "manifest.json", "model.onnx", "sbom.cdx.json"}
     assert f"{DIGITS}, {name}" in result.out
     assert result.stages.keys() == {"export", f"validate {name}", "bundle"} | (
         {"precision", "validate fp32"} if name == "fp16" else set()

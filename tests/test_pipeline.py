@@ -105,8 +105,8 @@ def test_a_bundle_has_everything(warm: Path) -> None:
     bundle = open_bundle(warm / "bundle")
     manifest = bundle.manifest
     plan = ["engine.plan"] if RTX else []
-    assert names(bundle.path) == [*plan, "labels.txt", "manifest.json", "model.onnx"]
-    assert list(manifest.files) == [*plan, "labels.txt", "model.onnx"]
+    assert names(bundle.path) == [*plan, "labels.txt", "manifest.json", "model.onnx", "sbom.cdx.json"]
+    assert list(manifest.files) == [*plan, "labels.txt", "model.onnx", "sbom.cdx.json"]
     assert bundle.labels() == ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
     card = find_card(DIGITS)
     assert card.weights.file
@@ -252,7 +252,7 @@ def test_a_full_tensorrt_plan_belongs_to_its_gpu(cache: Path, output: Path, monk
 
 def test_for_onnxruntime_there_is_no_plan(cache: Path, output: Path) -> None:
     bundle, stages = run(request_for(target="onnxruntime"), cache, output)
-    assert names(output) == ["labels.txt", "manifest.json", "model.onnx"]
+    assert names(output) == ["labels.txt", "manifest.json", "model.onnx", "sbom.cdx.json"]
     assert (bundle.manifest.target.name, bundle.manifest.engine) == ("onnxruntime", None)
     assert bundle.manifest.inputs[0].batch is None
     assert reused(stages) == {

@@ -17,6 +17,7 @@ from rxdeploy.bench import counts as counting
 from rxdeploy.bench.counts import GraphCounts
 from rxdeploy.bench.layers import LayerTimes, layer_times
 from rxdeploy.bench.measure import Clock, WarmUp, repeat, warm_up
+from rxdeploy.bench.numerics import Numerics, try_examine
 from rxdeploy.bench.peaks import Peaks, Prober
 from rxdeploy.bench.roofline import Floor, floor
 from rxdeploy.bench.samples import sample_images
@@ -27,6 +28,7 @@ from rxdeploy.engines.options import MAX_BATCH
 from rxdeploy.errors import EnvironmentLacks, InputError, RxDeployError
 from rxdeploy.pipeline import Reporter, Stage
 from rxdeploy.runtime.session import Session, load
+from rxdeploy.signing.keys import TrustedKeys
 
 DEFAULT_BATCHES = (1, 8, 32)
 LONGEST = 600.0  # seconds that a batch size may be measured for
@@ -81,6 +83,8 @@ class Benchmark:
     layers: LayerTimes | None
     no_device: str | None
     no_enqueue: str | None
+    numerics: Numerics | str = "not looked for"  # or why nothing is known of them
+    flushes_denormals: bool = False
 
     @property
     def card_flops(self) -> int | None:
@@ -133,6 +137,7 @@ def benchmark(
     seconds: float = 3.0,
     layers: bool = False,
     reporter: Reporter | None = None,
+    trusted_keys: TrustedKeys | None = None,
 ) -> Benchmark:
     """Measure the bundle at `path` on `device`, each batch size for `seconds`, and its layers if asked to.
 
@@ -141,7 +146,7 @@ def benchmark(
     """
     check_seconds(seconds)
     stages = _Stages(reporter or Reporter())
-    with load(path, device) as session, Prober(session, _ordinal(device)) as prober:
+    with load(path, device, trusted_keys=trusted_keys) as session, Prober(session, _ordinal(device)) as prober:
         bundle, manifest = session.bundle, session.bundle.manifest
         counts = counting.count(bundle.file(bundles.MODEL))
         counting.check(counts, manifest.counts.multiply_adds, path)
@@ -171,6 +176,8 @@ def benchmark(
             layers=times,
             no_device=_why_no_device(session),
             no_enqueue=_why_no_enqueue(session),
+            numerics=try_examine(bundle),
+            flushes_denormals=getattr(getattr(session.engine, "settings", None), "denormals_as_zero", False),
         )
 
 

@@ -11,6 +11,7 @@ from rxdeploy import atomic
 from rxdeploy.bench import machine, measure, statistics
 from rxdeploy.bench.benchmark import BatchResult, Benchmark, Series
 from rxdeploy.bench.layers import LayerTimes
+from rxdeploy.bench.numerics import Numerics
 from rxdeploy.bench.statistics import Latency
 from rxdeploy.errors import InputError, from_os_error
 
@@ -33,6 +34,8 @@ METHOD = {
     "enqueue": "time for run with a stream to return; device: CUDA events before and after it on that stream",
     "counted_flops": "2 x multiply-adds of convolutions and matrix products, counted on model.onnx",
     "card_flops": "as the model's card publishes them: neither multiply-adds nor twice that; see docs/flops.md",
+    "numerics": "one of the images on ONNX Runtime, every float tensor of model.onnx and its float32 constants; "
+    "denormal: float32, not zero, magnitude below 2^-126",
     "floor": "max(counted FLOPs / measured peak, (weights once + input + output) / measured bandwidth)",
 }
 
@@ -72,6 +75,7 @@ def as_facts(bench: Benchmark) -> dict[str, Any]:
         "no_device_arrays_because": bench.no_device,
         "no_enqueue_and_device_time_because": bench.no_enqueue,
         "layers": _layer_facts(bench.layers) if bench.layers else None,
+        "numerics": _numerics_facts(bench.numerics),
         "method": METHOD,
     }
 
@@ -167,6 +171,17 @@ def _layer_facts(times: LayerTimes) -> dict[str, Any]:
             }
             for layer in times.layers
         ],
+    }
+
+
+def _numerics_facts(found: Numerics | str) -> dict[str, Any]:
+    if isinstance(found, str):
+        return {"tensors": None, "because": found}
+    return {
+        "tensors": found.tensors,
+        "tensors_not_finite": list(found.not_finite),
+        "denormal_share_by_tensor": found.denormal,
+        "denormal_share_by_constant": found.denormal_constants,
     }
 
 

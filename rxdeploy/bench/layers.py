@@ -17,11 +17,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
+from rxdeploy import atomic
 from rxdeploy.bench.counts import KINDS, GraphCounts, NodeCount
 from rxdeploy.bench.measure import timer
 from rxdeploy.bench.samples import sample_images
@@ -146,12 +146,12 @@ def _onnx_times(
     bundle = session.bundle
     images = sample_images(bundle.manifest, batch)
     provider = CPU if session.device == "cpu" else CUDA
-    with TemporaryDirectory(prefix="rxdeploy-bench-") as folder:
+    with atomic.scratch_folder("bench") as folder:
         opened = open_session(
-            bundle.file(bundles.MODEL),
+            bundle.read(bundles.MODEL),
             provider,
             ordinal,
-            profile=Path(folder, "profile"),
+            profile=folder / "profile",
             settings=engine.settings,
             integers=bundle.manifest.for_integers,
         )
@@ -271,7 +271,7 @@ def _openvino_times(
     """Its counters give the mean of all runs, in whole microseconds; those of the warm-up are taken out again."""
     bundle = session.bundle
     images = sample_images(bundle.manifest, batch)
-    model = openvino.of_size(openvino.read_model(bundle.file(bundles.MODEL)), batch)
+    model = openvino.of_size(openvino.read_model(bundle.read(bundles.MODEL)), batch)
     compiled = openvino.compile_model(model, engine.settings_for(batch), profile=True)
     requests = openvino.Requests(compiled, 1)
     timed = timer(lambda: requests.run(images))

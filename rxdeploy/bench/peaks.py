@@ -14,12 +14,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from rxdeploy import atomic
 from rxdeploy.bench.datasheet import DATASHEETS, Arithmetic, Datasheet
 from rxdeploy.bench.measure import fastest, timer
 from rxdeploy.engines import bundle as bundles
@@ -239,9 +239,9 @@ def _plan_product(
         return _torch_product(gpu, precision, side), f"by PyTorch, as {flavour.name}'s builder is not installed"
     with gpu.current():
         plan = build_plan(product_model(precision, side), flavour, EngineOptions((Profile(side, side, side),)))
-    with TemporaryDirectory(prefix="rxdeploy-bench-") as folder:
-        Path(folder, bundles.PLAN).write_bytes(plan.data)
-        engine = PlanEngine(_product_bundle(session.bundle, gpu, Path(folder), side, plan.facts), gpu, lanes=1)
+    with atomic.scratch_folder("bench") as folder:
+        (folder / bundles.PLAN).write_bytes(plan.data)
+        engine = PlanEngine(_product_bundle(session.bundle, gpu, folder, side, plan.facts), gpu, lanes=1)
     held.callback(engine.close)
     return _timed_plan(engine, gpu, _matrix(side, np.dtype(_DTYPES[precision]))), "as a plan"
 
@@ -252,7 +252,9 @@ def _product_bundle(bundle: Bundle, gpu: Gpu, folder: Path, side: int, facts: di
     inputs, outputs = ((Tensor(name=name, dtype=dtype, layout="", shape=(None, side)),) for name in ("a", "c"))
     target = msgspec.structs.replace(bundle.manifest.target, gpu=gpu.name)
     manifest = msgspec.structs.replace(bundle.manifest, target=target, inputs=inputs, outputs=outputs, engine=facts)
-    return Bundle(folder, manifest)
+    return Bundle(
+        folder, msgspec.structs.replace(manifest, files={bundles.PLAN: bundles.file_digest(folder / bundles.PLAN)})
+    )
 
 
 def _timed_plan(engine: PlanEngine, gpu: Gpu, matrix: NDArray) -> Callable[[], float]:

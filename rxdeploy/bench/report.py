@@ -213,8 +213,28 @@ def notes(bench: Benchmark) -> list[str]:
         found.append(f"-: p{scarce[0]:g} needs at least {needed} calls; a longer --seconds makes more")
     if bench.device != "cpu":
         found += sorted({reason for reason in (bench.no_device, bench.no_enqueue) if reason})
+    found += _numerics_notes(bench)
     found += [str(error) for error in bench.failures.values()]
     return [_wrapped(note) for note in found]
+
+
+def _numerics_notes(bench: Benchmark) -> Iterator[str]:
+    numbers = bench.numerics
+    if isinstance(numbers, str):
+        return
+    if hidden := [name for name in numbers.not_finite if name != "logits"]:
+        yield (
+            f"{len(hidden)} of {numbers.tensors} tensors hold NaN or infinity on an image of noise, {hidden[0]} first; "
+            "a ReLU may hide that from the logits: rxdeploy validate compares them with PyTorch's"
+        )
+    small = numbers.denormal | numbers.denormal_constants
+    if small and bench.device == "cpu" and not bench.flushes_denormals:
+        most = max(small, key=small.__getitem__)
+        yield (
+            f"{len(numbers.denormal)} tensors and {len(numbers.denormal_constants)} constants hold denormal numbers "
+            f"(below 1.2e-38), {most} most: {small[most]:.2%}. They may slow a CPU down; rxdeploy tune tries to flush "
+            "them to zero"
+        )
 
 
 def _is_uncertain(result: BatchResult) -> bool:

@@ -178,6 +178,9 @@ class Calibration:
             recipes={recipe.scheme: recipe},
             errors={recipe.scheme: error},
             trials={recipe.scheme: tuple(TrialFacts(what=t.what, error=t.error, taken=t.taken) for t in trials)},
+            clipped={
+                recipe.scheme: {name: found.histograms[name].beyond(*ends) for name, ends in recipe.ranges.items()}
+            },
         )
 
     def _say(self, text: str) -> None:

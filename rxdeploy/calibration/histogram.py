@@ -57,6 +57,12 @@ class Histogram:
             centres, counts = np.concatenate([-below[::-1], centres]), np.concatenate([below_counts[::-1], counts])
         return np.clip(centres, self.low, self.high), counts.astype(np.float64)
 
+    def beyond(self, low: float, high: float) -> float:
+        """The share of the values that lie outside `low` to `high`."""
+        centres, counts = self.values()
+        total = float(counts.sum())
+        return float(counts[(centres < low) | (centres > high)].sum()) / total if total else 0.0
+
     def sparse(self) -> dict[str, NDArray]:
         """The non-empty bins, for a file."""
         counts = np.concatenate([self.positive, self.negative if self.negative is not None else ()]).astype(np.int64)

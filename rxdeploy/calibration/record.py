@@ -15,7 +15,8 @@ from rxdeploy.calibration.equalise import pairs
 from rxdeploy.calibration.network import Network
 from rxdeploy.calibration.options import METHODS, SchemeName, quantisable
 from rxdeploy.calibration.recipe import Recipe, tensors
-from rxdeploy.errors import InputError
+from rxdeploy.errors import InputError, printable
+from rxdeploy.plainfile import read_plain
 
 SCHEMA: Literal[1] = 1
 _LARGEST = 1e6  # of a range: its scale has to fit float16
@@ -63,6 +64,9 @@ class Record(msgspec.Struct, kw_only=True, frozen=True):
     recipes: dict[SchemeName, Recipe]
     errors: dict[SchemeName, float]  # of each recipe, on the held-out images
     trials: dict[SchemeName, tuple[TrialFacts, ...]]
+    # Of each tensor's values on the images that ranges were found on, the share that the recipe's range cuts off. (Not
+    # in files of earlier versions, nor for a recipe that was taken over from another target or method.)
+    clipped: dict[SchemeName, dict[str, float]] = {}
 
 
 def model_digest(network: Network) -> str:
@@ -78,10 +82,7 @@ def model_digest(network: Network) -> str:
 
 def read_record(path: Path, network: Network) -> Record:
     """The calibration in a file. InputError when it is none, is damaged or altered, or is of another model."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"calibration {path}: {error.strerror}") from None
+    data = read_plain(path, f"calibration {path}")
     try:
         head = msgspec.json.decode(data)
         if isinstance(head, dict) and isinstance(head.get("schema"), int) and head["schema"] > SCHEMA:
@@ -94,7 +95,9 @@ def read_record(path: Path, network: Network) -> Record:
         raise InputError(f"calibration {path}: damaged, or not made by rxdeploy: {error}; calibrate again") from None
     model = network.card.name
     if record.model_sha256 != model_digest(network):
-        what = f"of {record.model}" if record.model != model else f"of other weights or another card of {model}"
+        what = (
+            f"of {printable(record.model)}" if record.model != model else f"of other weights or another card of {model}"
+        )
         raise InputError(f"calibration {path}: it is {what}, and ranges of one model mean nothing to another")
     if problem := next(_problems(record, network), None):
         raise InputError(f"calibration {path}: {problem}; calibrate again")
@@ -116,17 +119,17 @@ def _problems(record: Record, network: Network) -> Iterator[str]:
         if recipe.scheme != scheme or not 2 <= recipe.weight_bits <= 8:
             yield f"the recipe for {scheme} is for {recipe.scheme}, with {recipe.weight_bits} bits"
         if unknown := set(recipe.keep) - set(quantisable(network.shape, scheme)):
-            yield f"it keeps {min(unknown)} in float, which {scheme} does not quantise"
+            yield f"it keeps {printable(min(unknown))} in float, which {scheme} does not quantise"
         for name in tensors(network, scheme):
             if name not in recipe.ranges or not _is_range(recipe.ranges[name]):
                 yield f"the range of {name} for {scheme} is {recipe.ranges.get(name, 'missing')}"
         for layer, shifts in recipe.bias.items():
             if len(shifts) != channels.get(layer) or not all(map(math.isfinite, shifts)):
-                yield f"the bias correction of {layer} does not fit"
+                yield f"the bias correction of {printable(layer)} does not fit"
         first = {conv.name for conv, _ in pairs(network)}
         for layer, factors in recipe.equalisation.items():
             if layer not in first or len(factors) != channels[layer] or not all(1e-3 <= f <= 1e3 for f in factors):
-                yield f"the equalisation of {layer} does not fit"
+                yield f"the equalisation of {printable(layer)} does not fit"
         if not record.errors.get(scheme, 0.0) >= 0:
             yield f"the error for {scheme} is {record.errors[scheme]}"
 

@@ -10,12 +10,26 @@ from rich.table import Table
 
 from rxdeploy.calibration.sensitivity import Sensitivity
 
+_CLIPPED = 5  # tensors that are shown
+
 
 def trials_table(record: dict[str, Any], scheme: str) -> Table:
     """Everything that was tried, with its error on the held-out images."""
     table = Table("tried", "relative L2 error of the logits", "taken")
     for trial in record["trials"].get(scheme, ()):
         table.add_row(trial["what"], f"{trial['error']:.3g}", "yes" if trial["taken"] else "")
+    return table
+
+
+def clipped_table(record: dict[str, Any], scheme: str) -> Table:
+    """The tensors of whose values the ranges cut off most, on the images they were found on."""
+    clipped = record.get("clipped", {}).get(scheme, {})
+    table = Table("tensor", "extremes", "range", "values beyond it")
+    for name in sorted(clipped, key=lambda each: -clipped[each])[:_CLIPPED]:
+        facts, (low, high) = record["tensors"][name], record["recipes"][scheme]["ranges"][name]
+        table.add_row(
+            name, f"{facts['low']:.4g} to {facts['high']:.4g}", f"{low:.4g} to {high:.4g}", f"{clipped[name]:.3%}"
+        )
     return table
 
 

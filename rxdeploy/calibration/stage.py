@@ -5,6 +5,7 @@ Light: the network, and PyTorch with it, are imported when it runs.
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +19,10 @@ from rxdeploy.calibration.options import HELD_OUT, CalibrationOptions, SchemeNam
 from rxdeploy.calibration.selection import choose_images
 from rxdeploy.cards import ModelCard
 from rxdeploy.datasets import Dataset, Item, Stream, open_dataset, sample
-from rxdeploy.engines.bundle import CALIBRATION, sha256_of
+from rxdeploy.engines.bundle import CALIBRATION
 from rxdeploy.errors import CheckFailed, InputError
 from rxdeploy.export.architecture import resnext
+from rxdeploy.plainfile import read_plain
 
 if TYPE_CHECKING:
     from rxdeploy.calibration.calibrate import Calibration, Progress
@@ -74,9 +76,8 @@ class CalibrationStage:
             judged = self._dataset.fingerprint() if options.max_drop is not None else None
             return facts | {"data": self._dataset.fingerprint(self._items), "judged": judged}
         assert options.file is not None
-        if not options.file.is_file():
-            raise InputError(f"calibration {options.file}: no such file")
-        return facts | {"file": sha256_of(options.file)}
+        content = read_plain(options.file, f"calibration {options.file}")
+        return facts | {"file": hashlib.sha256(content).hexdigest()}
 
     def run(self, weights: StateDict, key: str, output: Path) -> dict[str, Any]:
         """Calibrate, write calibration.json and the images held out to `output`, and give the facts for the manifest.
@@ -109,7 +110,10 @@ class CalibrationStage:
         also = f", with {' and '.join(extra).replace('_', ' ')}" if extra else ""
         kept = f"; {len(facts['keep'])} layers kept in floating point" if facts["keep"] else ""
         skipped = f"; {len(facts['skipped'])} images skipped" if facts["skipped"] else ""
-        return f"{facts['images']} images, {facts['method']}{also}; SQNR {facts['sqnr_db']:.1f} dB{kept}{skipped}"
+        most = facts["most_clipped"]
+        clipped = f"; at most {most[1]:.2%} of a tensor's values clipped ({most[0]})" if most and most[1] else ""
+        quality = f"SQNR {facts['sqnr_db']:.1f} dB"
+        return f"{facts['images']} images, {facts['method']}{also}; {quality}{kept}{clipped}{skipped}"
 
     def sensitivity(self, weights: StateDict, record: Path) -> list[Sensitivity]:
         """How much each layer pays, on a few of the images. InputError without images."""
@@ -143,7 +147,10 @@ class CalibrationStage:
         made = record.recipes.get(self._scheme) == recipe
         errors = {self._scheme: record.errors[self._scheme]} if made and self._scheme in record.errors else {}
         trials = {self._scheme: record.trials.get(self._scheme, ())} if made else {}
-        return msgspec.structs.replace(record, recipes={self._scheme: recipe}, errors=errors, trials=trials)
+        clipped = {self._scheme: record.clipped.get(self._scheme, {})} if made else {}
+        return msgspec.structs.replace(
+            record, recipes={self._scheme: recipe}, errors=errors, trials=trials, clipped=clipped
+        )
 
     def _mix(self, network: Network, calibration: Calibration, record: Record) -> tuple[Record, dict[str, Any] | None]:
         """Keep layers in float16 until --min-sqnr or --max-drop holds."""
@@ -221,6 +228,7 @@ def _facts(record: Record, recipe: Recipe, mixed: dict[str, Any] | None) -> dict
     from rxdeploy.calibration.mixed import sqnr
 
     error = record.errors.get(recipe.scheme)
+    clipped = record.clipped.get(recipe.scheme)
     if error is not None and error != error:
         raise CheckFailed("calibration: the quantised model's logits are not finite; the weights are damaged")
     return {
@@ -236,6 +244,7 @@ def _facts(record: Record, recipe: Recipe, mixed: dict[str, Any] | None) -> dict
         "images": record.data.images + record.data.held_out,
         "content_sha256": record.data.content_sha256,
         "skipped": [name for name, _ in record.data.skipped],
+        "most_clipped": max(clipped.items(), key=lambda each: each[1]) if clipped else None,  # tensor, share
         "relative_l2": error,
         "sqnr_db": sqnr(error) if error else None,  # nothing says infinite in JSON
     }

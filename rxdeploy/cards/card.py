@@ -14,13 +14,15 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from rxdeploy.errors import InputError
+from rxdeploy.errors import InputError, printable
+from rxdeploy.plainfile import read_plain
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
+_MOST_BYTES = 1 << 20  # of a card: the longest here has 1 KB
 EXPANSION = 4  # a bottleneck's output has four times its `channels` (Xie et al. 2016, table 1)
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]
@@ -164,14 +166,11 @@ class ModelCard(_Strict, kw_only=True, frozen=True):
 
 def load_card(path: Path) -> ModelCard:
     """Read and validate the card at `path`; InputError names the file, the place and the reason."""
+    data = read_plain(path, f"card {path}", _MOST_BYTES)
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"card {path}: no such file") from None
-    except OSError as error:
-        raise InputError(f"card {path}: {error.strerror}") from None
+        table = tomllib.loads(data.decode())
     except (ValueError, RecursionError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
-        raise InputError(f"card {path}: not a TOML file: {error}") from None
+        raise InputError(f"card {path}: not a TOML file: {printable(str(error))}") from None
     if "path" in table:
         raise InputError(f"card {path}: Object contains unknown field `path`")
     try:
@@ -179,7 +178,7 @@ def load_card(path: Path) -> ModelCard:
     except msgspec.ValidationError as error:
         where = re.sub(r"\$\.?", "", str(error)).replace(" - at ``", "")
         raise InputError(
-            f"card {path}: {where}; the built-in cards in rxdeploy/cards/builtin show the format"
+            f"card {path}: {printable(where)}; the built-in cards in rxdeploy/cards/builtin show the format"
         ) from None
     return msgspec.structs.replace(card, path=path.resolve())
 
@@ -190,11 +189,10 @@ def read_labels(path: Path, num_classes: int) -> tuple[str, ...]:
     A line may be ``name`` or ``identifier<TAB>name`` (as in imagenet1k.tsv, where the identifier is the
     WordNet synset). InputError when the number of lines is not `num_classes`.
     """
+    data = read_plain(path, f"labels file {path}")
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except FileNotFoundError:
-        raise InputError(f"labels file {path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
+        lines = data.decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
         raise InputError(f"labels file {path}: cannot be read as UTF-8 text: {error}") from None
     while lines and not lines[-1].strip():
         lines.pop()

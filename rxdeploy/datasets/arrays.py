@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rxdeploy.datasets.dataset import Dataset, Item, Layout
-from rxdeploy.errors import EnvironmentLacks, InputError, first_line
+from rxdeploy.errors import EnvironmentLacks, InputError, first_line, printable
+
+_NPY = b"\x93NUMPY"
+_PACKED = 100  # times smaller: photographs hardly get smaller, drawings 10 or 20 times
+_HARMLESS_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -37,20 +42,35 @@ def open_npz(path: Path, num_classes: int, labelled: bool) -> Dataset:
     """
     try:
         with path.open("rb") as file:  # NumPy would leave it open when it fails
-            arrays = np.load(file, allow_pickle=False)
-            if not isinstance(arrays, np.lib.npyio.NpzFile):
+            if file.read(len(_NPY)) == _NPY:
                 raise InputError(f"data {path}: one array, and an .npz file must hold images and labels")
+            if not zipfile.is_zipfile(file):  # NumPy would take it for a pickle, and say how to run that
+                raise InputError(f"data {path}: cannot be read as an .npz file: it is no zip, or cut off")
+            file.seek(0)
+            arrays = np.load(file, allow_pickle=False)
+            _refuse_bomb(path, arrays.zip)
             found = {name: arrays[name] for name in ("images", "labels") if name in arrays}
-            names = ", ".join(sorted(arrays.files)) or "nothing"
+            names = printable(", ".join(sorted(arrays.files))) or "nothing"
     except InputError:
         raise
     except MemoryError:
         raise EnvironmentLacks(f"data {path}: there is not enough memory for its arrays; use image files") from None
     except Exception as error:  # what a damaged file leads NumPy and zlib to
-        raise InputError(f"data {path}: cannot be read as an .npz file: {first_line(error)}") from None
+        reason = printable(first_line(error))
+        raise InputError(f"data {path}: cannot be read as an .npz file: {reason}") from None
     if "images" not in found or (labelled and "labels" not in found):
         raise InputError(f"data {path}: it holds {names}, and must hold images and labels")
     return _dataset(path, "npz", found["images"], found.get("labels"), num_classes, path.stat().st_mtime_ns)
+
+
+def _refuse_bomb(path: Path, archive: zipfile.ZipFile) -> None:
+    """InputError for arrays that are large and were packed to next to nothing: no pictures can be."""
+    for member in archive.infolist():
+        if member.file_size > max(_PACKED * member.compress_size, _HARMLESS_BYTES):
+            raise InputError(
+                f"data {path}: {printable(member.filename)} has {member.compress_size:,} bytes and unpacks to "
+                f"{member.file_size:,}: a decompression bomb, and no pictures"
+            )
 
 
 def _dataset(root: Path, layout: Layout, images: Any, labels: Any, num_classes: int | None, stamp: int) -> Dataset:

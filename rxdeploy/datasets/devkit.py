@@ -7,7 +7,7 @@ for indices they would give an accuracy near chance, so without a file that says
 
 from __future__ import annotations
 
-import lzma
+import io
 import re
 import tarfile
 import zlib
@@ -18,6 +18,7 @@ from rxdeploy.datasets.dataset import base_name
 from rxdeploy.datasets.matfile import read_structs
 from rxdeploy.datasets.textfile import MOST_BYTES, read_lines, text_lines
 from rxdeploy.errors import InputError, first_line, from_os_error, printable
+from rxdeploy.plainfile import read_plain
 
 GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 META = "meta.mat"
@@ -40,8 +41,9 @@ def read_kit(path: Path) -> tuple[list[str], dict[int, str]]:
             if (folder / GROUND_TRUTH).is_file():
                 return read_lines(folder / GROUND_TRUTH, "labels file"), order_beside(folder / GROUND_TRUTH)
         raise InputError(f"labels {path}: a folder without {GROUND_TRUTH}, so not the ILSVRC2012 development kit")
+    data = read_plain(path, f"labels {path}", MOST_BYTES)
     try:
-        with tarfile.open(path) as tar:
+        with tarfile.open(fileobj=io.BytesIO(_inflated(data)), mode="r:") as tar:
             members = {base_name(member.name): member for member in tar if member.isreg()}
             content = {}
             for name in (GROUND_TRUTH, META):
@@ -49,12 +51,28 @@ def read_kit(path: Path) -> tuple[list[str], dict[int, str]]:
                 if file is None:
                     raise InputError(f"labels {path}: no {name} in it, so not the ILSVRC2012 development kit")
                 content[name] = file.read(MOST_BYTES)
-    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:
-        raise InputError(f"labels {path}: cannot be read as a tar: {first_line(error)}") from None
-    except OSError as error:
-        raise from_os_error(error, f"reading labels {path}") from None
+    except InputError:
+        raise
+    except Exception as error:  # TarError, and what a damaged header leads tarfile to: numbers that are none, ...
+        raise InputError(f"labels {path}: cannot be read as a tar: {printable(first_line(error))}") from None
     lines = text_lines(content[GROUND_TRUTH], f"labels {path}: {GROUND_TRUTH}")
     return lines, _from_meta(content[META], f"labels {path}: {META}")
+
+
+def _inflated(data: bytes) -> bytes:
+    """The tar in a .tar.gz, or `data` itself. EOFError when it is cut off, ValueError when it is too large."""
+    if not data.startswith(b"\x1f\x8b"):
+        return data
+    unpacked = bytearray()
+    while data:  # of one part after the other, as parallel packers write them
+        inflater = zlib.decompressobj(wbits=31)
+        unpacked += inflater.decompress(data, MOST_BYTES + 1 - len(unpacked))
+        if len(unpacked) > MOST_BYTES:
+            raise ValueError(f"it unpacks to more than {MOST_BYTES:,} bytes")
+        if not inflater.eof:
+            raise EOFError("it is cut off")
+        data = inflater.unused_data.lstrip(b"\0")
+    return bytes(unpacked)
 
 
 def order_beside(truth: Path) -> dict[int, str]:
@@ -62,7 +80,7 @@ def order_beside(truth: Path) -> dict[int, str]:
     meta = truth.parent / META
     try:
         if meta.is_file():
-            return _from_meta(meta.read_bytes(), f"labels file {meta}")
+            return _from_meta(read_plain(meta, f"labels file {meta}"), f"labels file {meta}")
         for name in ORDER_TEXTS:
             if (truth.parent / name).is_file():
                 return _from_text(truth.parent / name)

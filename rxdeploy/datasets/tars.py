@@ -19,6 +19,7 @@ from rxdeploy.datasets.folders import is_hidden, is_image_name
 from rxdeploy.errors import InputError, first_line, from_os_error, printable
 
 _BLOCK = tarfile.BLOCKSIZE
+_LARGEST_HEADER = 16 << 20
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
 
 
@@ -147,9 +148,13 @@ def _opened(path: Path) -> BinaryIO:
 def _members(file: BinaryIO, what: str) -> Iterator[tuple[str, int, int]]:
     """Name, offset and size of each plain file in a tar, which must be whole. Links are passed over."""
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
+        with tarfile.open(fileobj=cast(Any, _Headers(file)), mode="r:") as tar:
+            at = -1
             while (member := tar.next()) is not None:
                 cast(Any, tar).members.clear()  # or it keeps them all
+                if tar.offset <= at or member.size < 0:
+                    raise tarfile.ReadError("a header that leads back")  # round and round, or before the beginning
+                at = tar.offset
                 if member.isreg() and not member.issparse():
                     yield _safe_name(member.name, what), member.offset_data, member.size
             file.seek(tar.offset)
@@ -160,9 +165,13 @@ def _members(file: BinaryIO, what: str) -> Iterator[tuple[str, int, int]]:
         kind = _COMPRESSED.get(file.read(2))
         if kind:
             raise InputError(f"{what}: compressed with {kind}, so one image cannot be read; uncompress it") from None
-        raise InputError(f"{what}: cannot be read as a tar: {first_line(error)}") from None
+        raise InputError(f"{what}: cannot be read as a tar: {printable(first_line(error))}") from None
     except OSError as error:
         raise from_os_error(error, f"reading {what}") from None
+    except InputError:
+        raise
+    except Exception as error:  # what a damaged header leads tarfile to: numbers that are none, endless nesting
+        raise InputError(f"{what}: cannot be read as a tar: {printable(first_line(error))}") from None
 
 
 def _safe_name(name: str, what: str) -> str:
@@ -175,6 +184,19 @@ def _safe_name(name: str, what: str) -> str:
     except UnicodeEncodeError:
         raise InputError(f"{what}: the member {name!a} has a name that is not UTF-8") from None
     return "/".join(parts)
+
+
+class _Headers:
+    """A tar's file, for reading headers: nothing large, as a header could ask for that says how long it is itself."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        if size > _LARGEST_HEADER:
+            raise tarfile.ReadError(f"a header of {size:,} bytes")
+        return self._file.read(size)
 
 
 class _Section(io.RawIOBase):

@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 
 from rxdeploy.datasets.folders import ENDINGS
-from rxdeploy.errors import InputError, from_os_error
+from rxdeploy.errors import InputError
+from rxdeploy.plainfile import read_plain
 
 MOST_BYTES = 256 << 20  # of such a file: the training set of ImageNet takes 50 MB
 _NAME_THEN_LABEL = re.compile(
@@ -17,16 +18,7 @@ _NAME_THEN_LABEL = re.compile(
 
 def read_lines(path: Path, what: str) -> list[str]:
     """The lines of a UTF-8 text file, stripped, without the empty ones; `what` begins the errors."""
-    try:
-        if not path.exists():
-            raise InputError(f"{what} {path}: no such file")
-        if not path.is_file():
-            raise InputError(f"{what} {path}: not a plain file")
-        if path.stat().st_size > MOST_BYTES:
-            raise InputError(f"{what} {path}: {path.stat().st_size:,} bytes; that is no text file of names")
-        return text_lines(path.read_bytes(), f"{what} {path}")
-    except OSError as error:
-        raise from_os_error(error, f"reading {what} {path}") from None
+    return text_lines(read_plain(path, f"{what} {path}", MOST_BYTES), f"{what} {path}")
 
 
 def text_lines(data: bytes, what: str) -> list[str]:

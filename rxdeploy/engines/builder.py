@@ -79,7 +79,10 @@ def build_plan(
     if plan is None:
         raise _build_error(flavour, options, messages)
     if cache is not None and timings is not None:
-        atomic.write_bytes(timings, bytes(config.get_timing_cache().serialize()))
+        try:
+            atomic.write_bytes(timings, bytes(config.get_timing_cache().serialize()))
+        except OSError as error:  # a full or read-only disk is no reason to lose the plan
+            log.warning("TensorRT's timings were not kept: %s", error)
     if progress:
         progress("done", 1.0)  # the outermost phase need not report its last step
     facts = {"flavour": flavour.name, "version": trt.__version__, "warnings": messages.warnings, **options.as_facts()}

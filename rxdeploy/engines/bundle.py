@@ -5,20 +5,29 @@ Reading and writing it needs neither torch nor onnx, since serving hosts do the 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
+import stat
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, BinaryIO, Literal
 
 import msgspec
 
 from rxdeploy import atomic
 from rxdeploy.cards import ModelCard
 from rxdeploy.cards.card import Accuracy, Figures, Input, Source
-from rxdeploy.errors import InputError, from_os_error
+from rxdeploy.engines import sbom
+from rxdeploy.engines.external import keeps_weights_elsewhere
+from rxdeploy.errors import CheckFailed, InputError, from_os_error, inert, printable
+from rxdeploy.plainfile import read_plain
+from rxdeploy.signing.keys import PublicKey, TrustedKeys, read_public_keys
+from rxdeploy.signing.signature import LARGEST_SIGNATURE, SIGNATURE, Signed, check_signature
 
 SCHEMA: Literal[1] = 1
 UNSEALED = "0" * 64
@@ -27,6 +36,7 @@ MODEL = "model.onnx"
 PLAN = "engine.plan"
 LABELS = "labels.txt"
 CALIBRATION = "calibration.json"
+SBOM = "sbom.cdx.json"
 
 Precision = Literal["fp32", "fp16", "int8"]
 InputKind = Literal["uint8", "float32"]
@@ -93,8 +103,8 @@ class CpuSettings(_Part, kw_only=True, frozen=True):
     """How a CPU runs model.onnx."""
 
     engine: Literal["onnxruntime", "openvino"] = "onnxruntime"
-    threads: int = 0  # that compute a node together; 0: one a core
-    sessions: int = 1  # that a batch is split over, each with `threads`
+    threads: Annotated[int, msgspec.Meta(le=1024)] = 0  # that compute a node together; 0: one a core
+    sessions: Annotated[int, msgspec.Meta(le=1024)] = 1  # that a batch is split over, each with `threads`
     split_from: int = 0  # OpenVINO: smaller batches are not split, but computed by all of these threads together
     spinning: bool = True  # ONNX Runtime: threads wait for each other busily
     arena: bool = True  # ONNX Runtime: memory is kept from one run to the next
@@ -128,9 +138,9 @@ class Manifest(_Part, kw_only=True, frozen=True):
     counts: Counts
     preprocessing: Input
     normalisation_in_graph: bool
-    num_classes: int
-    inputs: tuple[Tensor, ...]
-    outputs: tuple[Tensor, ...]
+    num_classes: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
+    inputs: Annotated[tuple[Tensor, ...], msgspec.Meta(min_length=1)]
+    outputs: Annotated[tuple[Tensor, ...], msgspec.Meta(min_length=1)]
     validation: dict[str, Any]
     quantisation: dict[str, Any] | None = None  # int8: how, and the error that it left
     tuning: Tuning | None = None
@@ -151,6 +161,7 @@ class Bundle:
 
     path: Path
     manifest: Manifest
+    signed_by: str | None = None  # the fingerprint of the trusted key, where it was opened with some
 
     def file(self, name: str) -> Path:
         """The path of one of the bundle's files; KeyError when it has none of that name."""
@@ -158,29 +169,44 @@ class Bundle:
             raise KeyError(name)
         return self.path / name
 
+    def read(self, name: str) -> bytes:
+        """A file's contents, read once and checked, which is what engines are given: what lies at a path may change.
+
+        KeyError when it has none of that name; InputError, of a signed bundle CheckFailed, when it has changed.
+        """
+        return _checked(self.path, name, self.manifest.files[name], self.signed_by is not None)
+
     def labels(self) -> tuple[str, ...] | None:
         """Class names in the order of the logits, or None."""
         if LABELS not in self.manifest.files:
             return None
-        return tuple(self.file(LABELS).read_text(encoding="utf-8").splitlines())
+        return tuple(self.read(LABELS).decode("utf-8").splitlines())
 
 
 def read_manifest(path: Path) -> Manifest:
     """The manifest of the bundle at `path`, without checking the files it lists."""
-    try:
-        data = (path / MANIFEST).read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"bundle {path}: not a bundle (there is no {MANIFEST}); `rxdeploy build` makes one") from None
-    except OSError as error:
-        raise InputError(f"bundle {path}: {MANIFEST} cannot be read: {error.strerror}") from None
+    return parse_manifest(path, manifest_bytes(path))
+
+
+def manifest_bytes(path: Path) -> bytes:
+    """What manifest.json of the bundle at `path` holds; InputError when there is none."""
+    if not os.path.lexists(path / MANIFEST):
+        raise InputError(f"bundle {path}: not a bundle (there is no {MANIFEST}); `rxdeploy build` makes one")
+    if (path / MANIFEST).is_symlink():
+        raise InputError(f"bundle {path}: {MANIFEST} is a link, which no bundle has; copy the files themselves")
+    return read_plain(path / MANIFEST, f"bundle {path}: {MANIFEST}")
+
+
+def parse_manifest(path: Path, data: bytes) -> Manifest:
+    """The manifest in `data`, which is of the bundle at `path`; InputError when it is damaged, altered or newer."""
     try:
         head = msgspec.json.decode(data)
         if isinstance(head, dict) and type(head.get("schema")) is int and head["schema"] > SCHEMA:
             raise InputError(
                 f"bundle {path}: it has schema {head['schema']}, this rxdeploy reads up to {SCHEMA}; "
-                "install a newer one"
+                f"{_newer_version(head)}"
             )
-        manifest = msgspec.convert(head, Manifest)
+        manifest = msgspec.convert(_inert(head), Manifest)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"bundle {path}: {MANIFEST} is damaged: {error}; build the bundle again") from None
     if _seal(data.replace(manifest.digest.encode(), UNSEALED.encode(), 1)) != manifest.digest:
@@ -190,54 +216,168 @@ def read_manifest(path: Path) -> Manifest:
     return manifest
 
 
+def _inert(value: Any) -> Any:
+    """The same JSON value, its texts without control characters: they are printed, and may be from anybody."""
+    if isinstance(value, dict):
+        return {inert(key): _inert(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_inert(each) for each in value]
+    return inert(value) if isinstance(value, str) else value
+
+
+def strange_manifest(path: Path, error: Exception) -> InputError:
+    """What to raise where a part of a manifest that has no fixed form lacks what it always has."""
+    what = f"{type(error).__name__}: {printable(str(error))}"
+    return InputError(f"bundle {path}: {MANIFEST} does not say what it has to ({what}); build the bundle again")
+
+
+def _newer_version(manifest: dict[str, Any]) -> str:
+    """What to install to read a manifest of a later schema, of which nothing is known but where versions stand."""
+    tools = manifest.get("tools")
+    version = tools.get("rxdeploy") if isinstance(tools, dict) else None
+    if not isinstance(version, str) or not re.fullmatch(r"[0-9][0-9A-Za-z.+!]{0,40}", version):
+        return "install a newer one"
+    return f"rxdeploy {version} wrote it: pip install 'rxdeploy>={version}'"
+
+
 def _seal(unsealed: bytes) -> str:
     return hashlib.sha256(unsealed).hexdigest()
 
 
-def open_bundle(path: Path) -> Bundle:
+def open_bundle(path: Path, trusted_keys: TrustedKeys | str | Path | bytes | None = None) -> Bundle:
     """Open a bundle and check every file against its digest before a byte of it is used.
 
-    InputError names the file that is missing, of another size, altered, or no plain file.
+    With `trusted_keys` (files of public keys, or their PEM) it must be signed with one of them as well, and hold
+    nothing besides: the signature is checked before anything else of it is read.
+
+    InputError names the file that is missing, of another size, altered, or no plain file; with `trusted_keys` that is
+    CheckFailed, as it is for an unsigned bundle and another key's. InputError for keys that are none; EnvironmentLacks
+    where `cryptography` is not installed.
     """
-    manifest = read_manifest(path)
+    if trusted_keys is None:
+        signed, manifest = None, read_manifest(path)
+    else:
+        keys, data = read_public_keys(trusted_keys), manifest_bytes(path)
+        signed, manifest = check_signed(path, _signature(path), data, keys)
+        if stranger := find_stranger(path, manifest):
+            raise CheckFailed(
+                f"bundle {path}: holds {printable(stranger)}, which is not signed; take it out, or sign it again"
+            )
     for name, expected in manifest.files.items():
-        _check_file(path, name, expected)
+        _checked(path, name, expected, signed is not None, keep=False)
     if MODEL not in manifest.files:
         raise InputError(f"bundle {path}: {MANIFEST} lists no {MODEL}; build the bundle again")
-    return Bundle(path, manifest)
+    if keeps_weights_elsewhere(path / MODEL):
+        raise InputError(f"bundle {path}: {MODEL} has weights in other files, which no digest covers; build it again")
+    return Bundle(path, manifest, signed.key.fingerprint if signed else None)
 
 
-def _check_file(folder: Path, name: str, expected: FileDigest) -> None:
-    path = folder / name
-    where = f"bundle {folder}: {name}"
-    if name in ("", ".", "..", MANIFEST) or "/" in name or "\\" in name:
+def check_signed(path: Path, signature: bytes, data: bytes, keys: Sequence[PublicKey]) -> tuple[Signed, Manifest]:
+    """The manifest in `data`, of the bundle at `path`, when one of `keys` signed it and the files that it lists.
+
+    CheckFailed otherwise. The files themselves are not looked at.
+    """
+    try:
+        signed = check_signature(signature, keys)
+    except CheckFailed as error:
+        raise CheckFailed(f"bundle {path}: {error}") from None
+    if signed.files.get(MANIFEST) != _seal(data):
+        raise CheckFailed(f"bundle {path}: {MANIFEST} is not the one that was signed; sign the bundle again")
+    manifest = parse_manifest(path, data)
+    digests = {name: file.sha256 for name, file in manifest.files.items()}
+    if digests != {name: digest for name, digest in signed.files.items() if name != MANIFEST}:
+        raise CheckFailed(f"bundle {path}: {SIGNATURE} and {MANIFEST} list different files; sign the bundle again")
+    return signed, manifest
+
+
+def find_stranger(path: Path, manifest: Manifest) -> str | None:
+    """The first name in the bundle's folder that is none of the bundle's; None when there is none."""
+    return min({entry.name for entry in os.scandir(path)} - {MANIFEST, SIGNATURE, *manifest.files}, default=None)
+
+
+def _signature(path: Path) -> bytes:
+    file = path / SIGNATURE
+    if not os.path.lexists(file):
+        raise CheckFailed(
+            f"bundle {path}: is not signed (there is no {SIGNATURE}), and only signed ones are trusted here; "
+            "`rxdeploy sign` signs it"
+        )
+    if file.is_symlink():
+        raise CheckFailed(f"bundle {path}: {SIGNATURE} is a link, which no bundle has; sign the bundle again")
+    try:
+        return read_plain(file, f"bundle {path}: {SIGNATURE}", LARGEST_SIGNATURE)
+    except InputError as error:
+        raise CheckFailed(f"{error}; sign the bundle again") from None
+
+
+def _open_plain(path: Path) -> BinaryIO:
+    """Open a file that is no link, pipe or device; OSError with EINVAL for those.
+
+    What lies at a path may be exchanged at any moment: what was opened is what is looked at, and read.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO):
+            raise
+        raise OSError(errno.EINVAL, "not a plain file") from None
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "not a plain file")
+    return os.fdopen(handle, "rb")
+
+
+def _checked(folder: Path, name: str, expected: FileDigest, signed: bool, keep: bool = True) -> bytes:
+    """A file's contents (nothing without `keep`) when they are what the manifest says."""
+    try:
+        return _check_file(folder, name, expected, keep)
+    except InputError as error:
+        if not signed:
+            raise
+        raise CheckFailed(str(error).replace("build the bundle again", "it is not what was signed")) from None
+
+
+def _check_file(folder: Path, name: str, expected: FileDigest, keep: bool) -> bytes:
+    where = f"bundle {folder}: {printable(name)}"
+    if name in ("", ".", "..", MANIFEST, SIGNATURE) or set(name) & set("/\\\0"):
         raise InputError(f"bundle {folder}: {MANIFEST} lists a file named {name!r}, which no bundle has")
-    if len(name) > 255 or path.is_symlink() or not path.is_file():
-        state = "not a plain file" if len(name) <= 255 and os.path.lexists(path) else "missing"
-        raise InputError(f"{where[:300]} is {state}; build the bundle again")
-    if (size := path.stat().st_size) != expected.bytes:
-        raise InputError(f"{where} has {size} bytes, the manifest says {expected.bytes}; build the bundle again")
-    if (actual := sha256_of(path)) != expected.sha256:
+    try:
+        file = _open_plain(folder / name)
+    except OSError as error:
+        known = {errno.EINVAL: "not a plain file", errno.ENOENT: "missing", errno.ENAMETOOLONG: "missing"}
+        state = known.get(error.errno or 0, f"not readable ({error.strerror})")
+        raise InputError(f"{where[:300]} is {state}; build the bundle again") from None
+    with file:
+        if (size := os.fstat(file.fileno()).st_size) != expected.bytes:
+            raise InputError(f"{where} has {size} bytes, the manifest says {expected.bytes}; build the bundle again")
+        data = file.read(expected.bytes) if keep else b""
+        actual = hashlib.sha256(data).hexdigest() if keep else _digest_of(file)
+    if actual != expected.sha256:
         raise InputError(
             f"{where} was altered: its sha256 begins {actual[:8]}, the manifest says {expected.sha256[:8]}; "
             "build the bundle again"
         )
+    return data
 
 
 def write_bundle(destination: Path, manifest: Manifest, files: dict[str, Path | bytes], overwrite: bool) -> Bundle:
     """Write a bundle beside `destination` and rename it into place; the manifest's `files` are filled in here.
 
-    `files` maps names to contents or to files to copy. See `check_destination` for what may be replaced.
+    `files` maps names to contents or to files to copy; the bill of materials is made here, in place of one among them.
+    See `check_destination` for what may be replaced; a signature there goes with what it was of.
     """
     check_destination(destination, manifest.model, manifest.precision, overwrite)
+    files = {name: content for name, content in files.items() if name != SBOM}
     with atomic.new_folder(destination) as folder:
         for name, content in files.items():
             if isinstance(content, bytes):
                 (folder / name).write_bytes(content)
             else:
                 shutil.copyfile(content, folder / name)
-        digests = {name: FileDigest(sha256_of(folder / name), (folder / name).stat().st_size) for name in sorted(files)}
-        manifest = msgspec.structs.replace(manifest, files=digests, digest=UNSEALED)
+        digests = {name: file_digest(folder / name) for name in sorted(files)}
+        (folder / SBOM).write_bytes(sbom.bill_of_materials(manifest, digests))
+        digests[SBOM] = file_digest(folder / SBOM)
+        manifest = msgspec.structs.replace(manifest, files=dict(sorted(digests.items())), digest=UNSEALED)
         manifest = msgspec.structs.replace(manifest, digest=_seal(manifest_json(manifest).encode()))
         (folder / MANIFEST).write_text(manifest_json(manifest), encoding="utf-8")
     return Bundle(destination, manifest)
@@ -264,7 +404,8 @@ def check_destination(destination: Path, model: str, precision: str, overwrite: 
         raise from_os_error(error, f"output {destination}") from None
     if not destination.exists() or not any(destination.iterdir()):
         return
-    foreign = {path.name for path in destination.iterdir()} - {MANIFEST, MODEL, PLAN, LABELS, CALIBRATION}
+    ours = {MANIFEST, MODEL, PLAN, LABELS, CALIBRATION, SBOM, SIGNATURE}
+    foreign = {path.name for path in destination.iterdir()} - ours
     if foreign or not (destination / MANIFEST).exists():
         found = f" (it holds {min(foreign)})" if foreign else ""
         raise InputError(f"output {destination}: the folder exists and is no bundle{found}; choose another with -o")
@@ -291,8 +432,17 @@ def card_facts(card: ModelCard) -> CardFacts:
 
 def sha256_of(path: Path) -> str:
     """Hexadecimal sha256 of a file, read in pieces."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+        return _digest_of(file)
+
+
+def file_digest(path: Path) -> FileDigest:
+    """The digest and size of a file, as the manifest has them."""
+    return FileDigest(sha256_of(path), path.stat().st_size)
+
+
+def _digest_of(file: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
     return digest.hexdigest()

@@ -16,6 +16,7 @@ from rxdeploy.evaluation.doubts import doubts
 from rxdeploy.evaluation.drop import Comparison, TooFew, Verdict, check_max_drop, compare, judge
 from rxdeploy.evaluation.files import beside_predictions, check_files
 from rxdeploy.runtime import load
+from rxdeploy.signing.keys import TrustedKeys
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ def assess(
     predictions: Path | None = None,
     save_baseline: Path | None = None,
     progress: Progress | None = None,
+    trusted_keys: TrustedKeys | None = None,
 ) -> Assessment:
     """Evaluate `bundle`, and hold it against `baseline` (a bundle, or a stored baseline's file) when given.
 
@@ -57,6 +59,7 @@ def assess(
     verdict. `predictions` is a file for `evaluate`; a baseline bundle's go to a file beside it with ``.baseline``
     before the ending. `save_baseline` is where to store the result as a baseline, unless the verdict is that it fails
     (`Verdict.fails` with `too_few`); it is stored also when the comparison cannot be made, so that the run is not lost.
+    `trusted_keys` are as for `runtime.load`, for both bundles.
 
     Bad input is an error before any image is run; the rest as for `evaluate` and `compare`.
     """
@@ -65,8 +68,8 @@ def assess(
         if baseline is None:
             raise InputError("--max-drop: a drop from what? Give --baseline too, a bundle or a stored baseline")
     check_files(data, labels, baseline, predictions, save_baseline)
-    reference = _reference(Path(baseline)) if baseline is not None else None
-    with load(bundle, device) as session:
+    reference = _reference(Path(baseline), trusted_keys) if baseline is not None else None
+    with load(bundle, device, trusted_keys=trusted_keys) as session:
         dataset = _dataset(session.bundle, data, labels)
         if reference is not None:
             _check_classes(session.bundle, reference, baseline)
@@ -77,7 +80,7 @@ def assess(
         try:
             if isinstance(reference, Bundle):
                 beside = beside_predictions(predictions) if predictions else None
-                other = _evaluate_baseline(reference, device, dataset, items, batch, beside, progress)
+                other = _evaluate_baseline(reference, device, dataset, items, batch, beside, progress, trusted_keys)
                 found = Assessment(evaluation, from_evaluation(other), compare(evaluation, other))
             else:
                 found = Assessment(evaluation, reference, compare(evaluation, reference))
@@ -94,9 +97,9 @@ def assess(
     return found
 
 
-def _reference(path: Path) -> Bundle | Baseline:
+def _reference(path: Path, trusted_keys: TrustedKeys | None) -> Bundle | Baseline:
     """What to compare with, read and checked."""
-    return open_bundle(path) if path.is_dir() else read_baseline(path)
+    return open_bundle(path, trusted_keys) if path.is_dir() else read_baseline(path)
 
 
 def _check_classes(bundle: Bundle, reference: Bundle | Baseline, path: str | Path | None) -> None:
@@ -143,9 +146,10 @@ def _evaluate_baseline(
     batch: int | None,
     predictions: Path | None,
     progress: Progress | None,
+    trusted_keys: TrustedKeys | None,
 ) -> Evaluation:
     # A float32 reference is often built without a plan; it then runs on the best that is here.
     if device.startswith("tensorrt") and PLAN not in reference.manifest.files:
         device = "auto"
-    with load(reference.path, device) as session:
+    with load(reference.path, device, trusted_keys=trusted_keys) as session:
         return evaluate(session, dataset, items, batch, predictions, progress)

@@ -18,6 +18,7 @@ from rxdeploy import __version__, atomic
 from rxdeploy.errors import InputError, from_os_error
 from rxdeploy.evaluation.accuracy import Evaluation
 from rxdeploy.evaluation.predictions import Predicted
+from rxdeploy.plainfile import read_plain
 
 KIND: Literal["rxdeploy accuracy baseline"] = "rxdeploy accuracy baseline"
 _DIGITS = 16  # of the hexadecimal digest: of 50 000 images, two share them with a probability of 7e-11
@@ -81,24 +82,19 @@ def from_evaluation(evaluation: Evaluation) -> Baseline:
 
 def read_baseline(path: Path) -> Baseline:
     """The baseline in a file; InputError when it is none."""
+    makes = f"`rxdeploy evaluate BUNDLE --data DIR --save-baseline {path}` makes one"
     try:
-        if path.exists() and not path.is_file():
+        if not path.exists():
+            raise InputError(f"baseline {path}: no such file or bundle; {makes}")
+        if not path.is_file():
             raise InputError(f"baseline {path}: neither a bundle nor a plain file")
-        if path.stat().st_size > _MOST_BYTES:
-            raise InputError(f"baseline {path}: more than 1 GiB is no baseline")
-        return msgspec.json.decode(path.read_bytes(), type=Baseline)
-    except FileNotFoundError:
-        raise InputError(
-            f"baseline {path}: no such file or bundle; `rxdeploy evaluate BUNDLE --data DIR --save-baseline {path}` "
-            "makes one"
-        ) from None
-    except OSError as error:
+    except OSError as error:  # a name that is too long, a folder that may not be entered
         raise from_os_error(error, f"baseline {path}") from None
+    data = read_plain(path, f"baseline {path}", _MOST_BYTES)
+    try:
+        return msgspec.json.decode(data, type=Baseline)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(
-            f"baseline {path}: neither a bundle nor a baseline ({error}); `rxdeploy evaluate BUNDLE --data DIR "
-            f"--save-baseline {path}` makes one"
-        ) from None
+        raise InputError(f"baseline {path}: neither a bundle nor a baseline ({error}); {makes}") from None
 
 
 def write_baseline(baseline: Baseline, path: Path) -> None:

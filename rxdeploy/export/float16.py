@@ -16,8 +16,8 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
 from rxdeploy.errors import CheckFailed
+from rxdeploy.export.headroom import FLOAT16_MAX
 
-FLOAT16_MAX = 65504.0
 FLOAT16_TINY = 2.0**-24  # the smallest subnormal: half of it and less rounds to zero
 
 

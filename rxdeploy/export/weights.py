@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import pickle
 import re
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ StateDict = dict[str, NDArray[np.float32]]
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")
 # Prefixes that DataParallel, torch.compile and Lightning put before every name.
 PREFIXES = ("module.", "_orig_mod.", "model.")
+MAX_FILE_BYTES = 2**36  # of a weights file: the largest model 32 times over, for training state beside the weights
 MAX_MODEL_BYTES = 2**31 - 2**20  # protobuf ends at 2 GiB; the graph itself needs far less than 1 MiB
 LISTED = 20  # misfits of one kind that an error lists before it counts the rest
 
@@ -90,7 +92,9 @@ def _from_file(path: Path, claims: Weights | None = None) -> WeightsSource:
     if path.exists() and not path.is_file():
         raise InputError(f"weights file {path}: not a plain file")  # reading a device or a pipe might never end
     try:
-        digest, size = sha256_of(path), path.stat().st_size
+        if (size := path.stat().st_size) > MAX_FILE_BYTES:
+            raise InputError(f"weights file {path}: {size:,} bytes; no model that one ONNX file can hold has so many")
+        digest = sha256_of(path)
     except FileNotFoundError:
         raise InputError(f"weights file {path}: no such file") from None
     except OSError as error:
@@ -137,6 +141,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         if head[8:9] == b"{":
             stored = safetensors.torch.load_file(path)
         else:
+            _refuse_inflating(path)
             with torch.serialization.safe_globals(_harmless()):
                 stored = torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
@@ -145,8 +150,13 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise InputError(_unpickling(path, error)) from None
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
         raise from_os_error(error, f"reading weights file {path}") from None
+    except InputError:
+        raise
     except Exception as error:  # what torch and safetensors raise depends on where in the file they stumble
-        raise InputError(f"weights file {path}: damaged or in no format we read: {first_line(error)}") from None
+        if "weights_only" in str(error):  # advice to run whatever is in it
+            raise InputError(_unpickling(path, error)) from None
+        reason = printable(first_line(error))
+        raise InputError(f"weights file {path}: damaged or in no format we read: {reason}") from None
     tensors = _unwrap(stored)
     if not tensors:
         keys = _listed("it holds", [str(key) for key in stored]) if isinstance(stored, Mapping) else ""
@@ -154,6 +164,18 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             f"weights file {path}: holds no tensors by name; expected a state dict (.pth or .safetensors){keys}"
         )
     return tensors
+
+
+def _refuse_inflating(path: Path) -> None:
+    """InputError for a zip that is larger unpacked: torch.save does not compress, so somebody made a bomb."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(member.file_size for member in archive.infolist())
+    if unpacked > path.stat().st_size:
+        raise InputError(
+            f"weights file {path}: unpacks to {unpacked:,} bytes, more than it has, which no file of torch.save does"
+        )
 
 
 def _harmless() -> list[Any]:

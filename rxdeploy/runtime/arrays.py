@@ -65,7 +65,12 @@ def host_array(array: Any, name: str) -> NDArray:
         if hasattr(array, "__array_interface__"):
             return np.asarray(array)
         if hasattr(array, "__dlpack__"):
-            return np.from_dlpack(array)
+            found = np.from_dlpack(array)
+            if found.flags.writeable or not hasattr(array, "__array__"):
+                return found
+            # NumPy up to 2.2.0 (no longer 2.2.6) marks what comes by DLPack read-only; PyTorch has another way.
+            other = np.asarray(array)
+            return other if other.ctypes.data == found.ctypes.data else found
     except Exception as error:  # as above
         raise InputError(f"{name}: the {type(array).__name__} cannot be read as an array: {error}") from None
     raise InputError(

@@ -13,12 +13,17 @@ from rxdeploy.runtime import arrays
 from rxdeploy.runtime.arrays import DeviceView
 from rxdeploy.runtime.preprocess import normalise
 
+# Of a normalised pixel, which is a few units. It is where float16 ends, whatever the precision: a service does not
+# begin to refuse when its bundle is built with another.
+LARGEST = 65504.0
+
 
 class Inputs:
     """Checks images and brings them to the engine's own input; everything is InputError for what does not fit.
 
     uint8 (n, size, size, 3) is taken always; where normalisation is not in the graph it is done here, on the host.
-    The declared input of such a bundle, float32 (n, 3, size, size), is taken as it is.
+    The declared input of such a bundle, float32 (n, 3, size, size), is taken as it is, if all of it is finite and
+    within 65504: OpenVINO, integers and TensorRT make finite logits of NaN. On the GPU it is not looked at.
     """
 
     def __init__(self, manifest: Manifest) -> None:
@@ -34,7 +39,7 @@ class Inputs:
         """A batch on the host, as the engine takes it."""
         batch = arrays.host_array(images, "images")
         if batch.ndim == 4 and batch.shape[1:] == self._declared and batch.dtype == self._dtype:
-            return batch
+            return self._checked(batch, "images")
         if self.normalised and batch.ndim == 4 and batch.shape[1:] == self._raw and batch.dtype == np.uint8:
             return normalise(batch, self._mean, self._std)
         raise InputError(
@@ -51,13 +56,19 @@ class Inputs:
     def one(self, image: Any) -> NDArray:
         """One image on the host, without the batch, as the engine takes it."""
         if type(image) is np.ndarray and image.shape == self._declared and image.dtype == self._dtype:
-            return image  # as it comes, most often
+            return self._checked(image, "image")  # as it comes, most often
         if arrays.is_on_device(image, "image"):
             raise InputError("image: it lies on a GPU, and single images are gathered on the host; run takes it there")
         array = arrays.host_array(image, "image")
         if array.ndim != 3:
             raise InputError(f"image: got {array.dtype} {array.shape}, expected {self._expected('')}")
         return self.host(array[None])[0]
+
+    def _checked(self, images: NDArray, name: str) -> NDArray:
+        if not self.normalised or not images.size or -LARGEST <= images.min() <= images.max() <= LARGEST:
+            return images  # NaN is not within anything
+        what = "values beyond 65504" if np.isfinite(images).all() else "NaN or infinity"
+        raise InputError(f"{name}: holds {what}; normalised pixels are a few units")
 
     def _expected(self, batch: str) -> str:
         raw = f"uint8 ({batch}{self.size}, {self.size}, 3), RGB"

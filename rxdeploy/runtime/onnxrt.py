@@ -43,13 +43,14 @@ def open_session(
     profile: Path | None = None,
     settings: CpuSettings | None = None,
     integers: bool = True,
+    name: object = None,
 ) -> Any:
     """An `onnxruntime.InferenceSession` on one provider.
 
     `ordinal` is the GPU's number; of `settings`, what one session has is followed; with `profile`, ONNX Runtime
     writes its profile to a file beginning so. Without `integers`, Q/DQ nodes round and everything between them is
     computed in floating point, which is what a model quantised for TensorRT means: ONNX Runtime's own integer kernels
-    saturate on signed activations where a CPU has no VNNI.
+    saturate on signed activations where a CPU has no VNNI. `name` is what errors call a model given as bytes.
 
     EnvironmentLacks when the provider is not here: ONNX Runtime itself would fall back to the CPU without a
     word. CheckFailed when it cannot load the model.
@@ -78,7 +79,7 @@ def open_session(
     except Exception as error:  # ONNX Runtime's exceptions share no base of their own
         if provider == CUDA and type(error).__name__ == "EPFail":
             raise EnvironmentLacks(f"ONNX Runtime's {provider} does not start here: {first_line(error)}") from None
-        what = "the model" if isinstance(model, bytes) else model
+        what = name or ("the model" if isinstance(model, bytes) else model)
         raise CheckFailed(f"ONNX Runtime cannot load {what}: {first_line(error)}") from None
     if session.get_providers()[0] != provider:
         raise EnvironmentLacks(
@@ -127,7 +128,8 @@ class OnnxEngine(SharedOut[Any]):
         self._bundle = bundle
         # Without threads of its own a session computes on as many as call it.
         count = 1 if self.settings.threads == 1 else self.settings.sessions
-        sessions = [self._session() for _ in range(count)]
+        model = bundle.read(bundles.MODEL)  # the bytes that were checked, for each of them
+        sessions = [self._session(model) for _ in range(count)]
         computes = [self._compute(sessions[n % count]) for n in range(self.settings.sessions)]
         self._held = Shares(computes, self.largest, self._classes), sessions[0]
         where = find_driver().gpus[ordinal].name if device == "cuda" else "CPU"
@@ -155,9 +157,10 @@ class OnnxEngine(SharedOut[Any]):
         settings = msgspec.structs.replace(self.settings, threads=1, sessions=1)
         return OnnxEngine(self._bundle, "cpu", settings=settings), callers
 
-    def _session(self) -> Any:
-        model, integers = self._bundle.file(bundles.MODEL), self._bundle.manifest.for_integers
-        return open_session(model, _PROVIDERS[self.device], self._ordinal, settings=self.settings, integers=integers)
+    def _session(self, model: bytes) -> Any:
+        integers, name = self._bundle.manifest.for_integers, self._bundle.file(bundles.MODEL)
+        provider, settings = _PROVIDERS[self.device], self.settings
+        return open_session(model, provider, self._ordinal, settings=settings, integers=integers, name=name)
 
     def _compute(self, session: Any) -> Compute:
         return lambda images: run_session(session, ["logits"], {self._input: images})[0]

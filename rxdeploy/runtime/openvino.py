@@ -55,13 +55,16 @@ def import_openvino() -> Any:
     return openvino
 
 
-def read_model(model: Path | bytes) -> Any:
-    """An `openvino.Model`; CheckFailed when OpenVINO cannot read it, EnvironmentLacks in a forked child."""
+def read_model(model: Path | bytes, name: object = None) -> Any:
+    """An `openvino.Model`; CheckFailed when OpenVINO cannot read it, EnvironmentLacks in a forked child.
+
+    `name` is what errors call a model given as bytes.
+    """
     core = _core()
     try:
         return core.read_model(model)
     except RuntimeError as error:
-        what = "the model" if isinstance(model, bytes) else model
+        what = name or ("the model" if isinstance(model, bytes) else model)
         raise CheckFailed(f"OpenVINO cannot load {what}: {_reason(error)}") from None
 
 
@@ -215,7 +218,7 @@ def _read(bundle: Bundle) -> Any:
             "in integers, which saturate on many CPUs; pip install 'rxdeploy[cpu]' adds ONNX Runtime, which "
             "computes there in floating point, or build the bundle with --target onnxruntime"
         )
-    return read_model(bundle.file(bundles.MODEL))
+    return read_model(bundle.read(bundles.MODEL), name=bundle.file(bundles.MODEL))
 
 
 class _Models:

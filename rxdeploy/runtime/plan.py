@@ -154,10 +154,9 @@ class Plan:
             raise EnvironmentLacks(f"{runner.module} does not start: {self._messages.summary()}") from None
         assert manifest.engine is not None  # find_runner saw to it
         if manifest.engine["version_compatible"]:
-            # Such a plan carries code; the bundle's digests vouch for it as for this program's own files.
+            # Such a plan carries code; whoever is trusted with the bundle is trusted with that (docs/security.md).
             self._runtime.engine_host_code_allowed = True
-        data = bundle.file(bundles.PLAN).read_bytes()
-        self.engine = self._runtime.deserialize_cuda_engine(data)
+        self.engine = self._runtime.deserialize_cuda_engine(bundle.read(bundles.PLAN))
         if self.engine is None:
             raise EnvironmentLacks(
                 f"{runner.module} {self.version} does not take the plan on this GPU: {self._messages.summary()}; "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import io
+import re
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,8 @@ def open_rgb(path: Path, data: bytes | None = None) -> Image.Image:
     except UnidentifiedImageError:
         raise InputError(f"image {path}: not an image in a format rxdeploy reads ({', '.join(_formats())})") from None
     except Image.DecompressionBombError as error:
-        raise InputError(_too_large(path, str(error))) from None
+        counted = re.search(r"\d+ pixels", str(error))
+        raise InputError(_too_large(path, counted[0] if counted else "too many pixels")) from None
     except InputError:
         raise
     except MemoryError:

@@ -34,6 +34,7 @@ from rxdeploy.runtime.lanes import PlanEngine
 from rxdeploy.runtime.metrics import Metrics
 from rxdeploy.runtime.onnxrt import OnnxEngine
 from rxdeploy.runtime.preprocess import open_rgb, transform
+from rxdeploy.signing.keys import TrustedKeys
 
 Engine = CpuEngine | PlanEngine
 
@@ -64,7 +65,12 @@ class Classified:
 
 
 def load(
-    path: str | Path, device: str = "auto", labels: str | Path | None = None, *, batching: Batching | None = None
+    path: str | Path,
+    device: str = "auto",
+    labels: str | Path | None = None,
+    *,
+    batching: Batching | None = None,
+    trusted_keys: TrustedKeys | str | Path | bytes | None = None,
 ) -> Session:
     """Open the bundle at `path`, check every digest, and get it ready to run.
 
@@ -73,10 +79,13 @@ def load(
     CPU with that engine; "tensorrt:1" is the second GPU. "auto" takes the first of tensorrt, cuda and cpu that works
     here, and `Session.description` says which.
     `labels` is a text file with one class name a line, used instead of the bundle's own names. `batching` is for
-    `Session.submit`. InputError for a bundle that is none or was altered; EnvironmentLacks, with the reason, for a
-    device that is not possible here.
+    `Session.submit`. With `trusted_keys`, public keys as files or PEM, the bundle must be signed with one of them,
+    which is checked before anything in it reaches an engine (docs/security.md).
+
+    InputError for a bundle that is none or was altered; CheckFailed for one that no trusted key signed as it is;
+    EnvironmentLacks, with the reason, for a device that is not possible here.
     """
-    bundle = bundles.open_bundle(Path(path))
+    bundle = bundles.open_bundle(Path(path), trusted_keys)
     names = read_labels(Path(labels), bundle.manifest.num_classes) if labels else bundle.labels()
     return Session(bundle, device, names, batching or Batching())
 
@@ -121,8 +130,9 @@ class Session:
         cuda-python) device arrays are read and written in that stream's order, and the call returns when the work
         is enqueued; without, the result is complete on return. Batches larger than the plan's largest are split.
 
-        InputError, before anything is enqueued, for another dtype, shape, layout or device; `Closed` after
-        `close`; CheckFailed when a logit is not finite (host results only) or the engine fails.
+        InputError, before anything is enqueued, for another dtype, shape, layout or device, and for float32 images on
+        the host with NaN, infinity or values beyond 65504; `Closed` after `close`; CheckFailed when a logit is not
+        finite (host results only) or the engine fails.
         """
         self._check_open()
         handle = self._stream(stream)
@@ -224,9 +234,15 @@ class Session:
         return self._classify(map(Path, paths), k)
 
     def top(self, logits: NDArray[np.float32], k: int = 5) -> list[tuple[Prediction, ...]]:
-        """The `k` most probable classes of each row of `logits` (n, num_classes), best first."""
+        """The `k` most probable classes of each row of `logits` (n, num_classes), best first.
+
+        InputError for another shape; CheckFailed for NaN and infinity, of which there are no probabilities: `run` gives
+        them only where it does not look, on the GPU.
+        """
         if np.shape(logits)[1:] != (self._inputs.classes,):
             raise InputError(f"logits: got {np.shape(logits)}, expected (n, {self._inputs.classes}); see Session.run")
+        if not np.isfinite(logits).all():
+            raise CheckFailed("logits: they hold NaN or infinity, of which there are no probabilities")
         return [self._top(row, k) for row in logits]
 
     def submit(self, image: Any, deadline: float | None = None, timeout: float | None = None) -> Future:
@@ -465,8 +481,8 @@ class _Decoders:
 def parse_device(device: str) -> tuple[str, int]:
     """(kind, number of the GPU) of a device's name: ("cuda", 1) of "cuda:1"."""
     kind, colon, number = str(device).partition(":")
-    of_gpu = kind not in ("cpu", *ENGINES)
-    if kind not in ("auto", "tensorrt", "cuda", "cpu", *ENGINES) or (colon and not (of_gpu and number.isdecimal())):
+    numbered = kind not in ("cpu", *ENGINES) and number.isdecimal() and len(number) < 5
+    if kind not in ("auto", "tensorrt", "cuda", "cpu", *ENGINES) or (colon and not numbered):
         raise InputError(
             f"device {device!r}: must be auto, tensorrt, cuda, cpu, onnxruntime or openvino; a GPU's number may "
             "follow: cuda:1"

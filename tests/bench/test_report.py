@@ -141,7 +141,7 @@ def test_everything_is_json_with_units_in_its_keys(make: Make) -> None:
     assert data["schema"] == 1
     assert set(data) == {
         *("schema", "machine", "bundle", "device", "seconds_per_batch_size", "counts", "peaks", "batches"),
-        *("failures", "no_device_arrays_because", "no_enqueue_and_device_time_because", "layers", "method"),
+        *("failures", "no_device_arrays_because", "no_enqueue_and_device_time_because", "layers", "numerics", "method"),
     }
     assert set(data["machine"]) >= {"date", "processor", "cores", "gpus", "driver_cuda_version", "versions"}
     assert data["bundle"]["precision"] == "fp32" and len(data["bundle"]["digest"]) == 64

@@ -252,7 +252,7 @@ def test_no_card_at_all(tmp_path: Path) -> None:
     (tmp_path / "folder.toml").mkdir()
     assert "not a TOML file" in complaint(tmp_path / "binary.toml")
     assert "missing" in complaint(tmp_path / "empty.toml")
-    assert "directory" in complaint(tmp_path / "folder.toml")
+    assert "not a plain file" in complaint(tmp_path / "folder.toml")
     assert "no such file" in complaint(tmp_path / "nowhere.toml")
 
 
@@ -309,7 +309,7 @@ def test_labels_that_do_not_fit(tmp_path: Path) -> None:
             read_labels(path, classes)
     with pytest.raises(InputError, match=r"labels file .*nowhere\.txt: no such file"):
         read_labels(tmp_path / "nowhere.txt", 3)
-    with pytest.raises(InputError, match=r"labels file .*: cannot be read"):
+    with pytest.raises(InputError, match=r"labels file .*: not a plain file"):
         read_labels(tmp_path, 3)
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match=r"labels file .*: cannot be read as UTF-8"):

@@ -110,12 +110,14 @@ def test_what_was_written_is_read_back(tmp_path: Path) -> None:
     opened = open_bundle(tmp_path / "parent" / "it")
     assert opened == written
     assert opened.path == tmp_path / "parent" / "it"
-    assert content(opened.path) == {**FILES, "manifest.json": (opened.path / "manifest.json").read_bytes()}
+    made = {name: (opened.path / name).read_bytes() for name in ("manifest.json", "sbom.cdx.json")}
+    assert content(opened.path) == {**FILES, **made}
     assert names(tmp_path / "parent") == ["it"]
     assert source.read_bytes() == FILES["engine.plan"], "files are copied, not moved"
+    sealed = {**FILES, "sbom.cdx.json": made["sbom.cdx.json"]}
     expected = make_manifest(
         digest=opened.manifest.digest,
-        files={name: bundles.FileDigest(hashlib.sha256(data).hexdigest(), len(data)) for name, data in FILES.items()},
+        files={name: bundles.FileDigest(hashlib.sha256(data).hexdigest(), len(data)) for name, data in sealed.items()},
     )
     assert opened.manifest == expected
 
@@ -169,7 +171,7 @@ def test_a_bundle_without_plan_and_labels(tmp_path: Path) -> None:
     write_bundle(tmp_path / "it", make_manifest(engine=None), {"model.onnx": b"model"}, False)
     bundle = open_bundle(tmp_path / "it")
     assert bundle.labels() is None
-    assert list(bundle.manifest.files) == ["model.onnx"]
+    assert list(bundle.manifest.files) == ["model.onnx", "sbom.cdx.json"]
 
 
 def test_a_bundle_may_be_moved(path: Path, tmp_path: Path) -> None:
@@ -258,7 +260,7 @@ def test_every_byte_counts(path: Path, name: str) -> None:
 
 def test_a_file_the_manifest_does_not_list_changes_nothing(path: Path) -> None:
     (path / "notes.txt").write_text("mine")
-    assert list(open_bundle(path).manifest.files) == sorted(FILES)
+    assert list(open_bundle(path).manifest.files) == sorted([*FILES, "sbom.cdx.json"])
 
 
 # Damaged manifests
@@ -277,7 +279,7 @@ def test_no_bundle(tmp_path: Path, missing: str) -> None:
 
 def test_a_manifest_that_is_a_folder(path: Path) -> None:
     replace_by_folder(path / "manifest.json")
-    with pytest.raises(InputError, match=r"manifest.json cannot be read: Is a directory"):
+    with pytest.raises(InputError, match=r"manifest.json: not a plain file"):
         open_bundle(path)
 
 
@@ -482,7 +484,7 @@ def test_what_is_no_bundle_is_never_replaced(tmp_path: Path, what: str, overwrit
 def test_the_same_model_is_replaced(path: Path, tmp_path: Path) -> None:
     write_bundle(path, make_manifest(num_classes=3), {"model.onnx": b"new"}, overwrite=False)
     assert open_bundle(path).manifest.num_classes == 3
-    assert names(path) == ["manifest.json", "model.onnx"], "nothing of the old bundle stays"
+    assert names(path) == ["manifest.json", "model.onnx", "sbom.cdx.json"], "nothing of the old bundle stays"
     assert names(tmp_path) == ["it"]
 
 

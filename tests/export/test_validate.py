@@ -358,7 +358,7 @@ def complaint(card: ModelCard, path: Path) -> str:
 
 def test_interface_of_no_model(card: ModelCard, weights: Weights, tmp_path: Path, path: Path) -> None:
     assert "no such file" in complaint(card, tmp_path / "nowhere.onnx")
-    assert "no such file" in complaint(card, tmp_path)
+    assert "not a plain file" in complaint(card, tmp_path)
     whole = serialise(build_graph(card, weights))
     for content in (b"", b"no model", whole[: len(whole) // 2]):
         path.write_bytes(content)
