@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TOOLS := $(VENV)/tools
 LOCK := requirements/lock.txt requirements/torch.txt requirements/cuda.txt
-# Wheels only, so that nobody's setup.py runs; tensorrt-rtx-cu13, which is nothing but its two dependencies, has none.
+# Wheels only, so that nobody's setup.py runs; of tensorrt-rtx-cu13 there is none.
 PIP_LOCKED := -m pip install --quiet --no-deps --require-hashes --only-binary :all: --no-binary tensorrt-rtx-cu13
 
 .PHONY: setup demo test cpp-test lint bench reliability lock audit versions clean
@@ -46,7 +46,7 @@ bench: setup
 	$(BIN)/python benchmarks/runtime.py
 	$(BIN)/python benchmarks/serving.py
 
-# What docs/reliability.md promises, shown; about two hours. fuzz needs CPython 3.11 to 3.13.
+# What docs/reliability.md promises, shown; it takes hours. fuzz needs CPython 3.11 to 3.13.
 reliability: setup
 	$(BIN)/python reliability/crash.py
 	$(BIN)/python reliability/concurrency.py
@@ -70,7 +70,7 @@ $(TOOLS)/.installed: requirements/tools.txt
 	$(TOOLS)/bin/python $(PIP_LOCKED) -r requirements/tools.txt
 	touch $@
 
-# Lowest, locked and highest versions, on every Python from 3.10 to 3.13 that is on PATH; about 30 minutes.
+# Lowest, locked and highest versions, on every Python from 3.10 to 3.13 that is on PATH.
 versions: setup
 	$(BIN)/python reliability/versions.py
 
