@@ -69,6 +69,11 @@ def printable(text: str) -> str:
     """`text` from a file we did not write, fit for a terminal: control characters become question marks, and what is
     longer than a line can be ends in "..."."""
     text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+    return one_line(text)
+
+
+def one_line(text: str) -> str:
+    """`text` without any control character: each becomes "?"."""
     return inert(text).replace("\n", "?")
 
 

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from rxdeploy.engines.bundle import Bundle, Manifest, strange_manifest
-from rxdeploy.errors import inert, printable
+from rxdeploy.errors import one_line, printable
 from rxdeploy.export.headroom import describe as describe_headroom
 from rxdeploy.pipeline import Reporter, Stage, size_text
 from rxdeploy.runtime import Prediction
@@ -98,8 +98,7 @@ def describe_bundle(bundle: Bundle, whole: bool = False) -> str:
         rows = _facts(bundle, whole)
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise strange_manifest(bundle.path, error) from None
-    one_line = ((printable(name), inert(text).replace("\n", "?")) for name, text in rows)
-    return "\n".join(f"{name:<14} {text}" for name, text in one_line)
+    return "\n".join(f"{printable(name):<14} {one_line(text)}" for name, text in rows)
 
 
 def _facts(bundle: Bundle, whole: bool) -> list[tuple[str, str]]:

@@ -11,7 +11,6 @@ import json
 import os
 import re
 import shutil
-import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from rxdeploy.cards.card import Accuracy, Figures, Input, Source
 from rxdeploy.engines import sbom
 from rxdeploy.engines.external import keeps_weights_elsewhere
 from rxdeploy.errors import CheckFailed, InputError, from_os_error, inert, printable
-from rxdeploy.plainfile import read_plain
+from rxdeploy.plainfile import open_plain, read_plain
 from rxdeploy.signing.keys import PublicKey, TrustedKeys, read_public_keys
 from rxdeploy.signing.signature import LARGEST_SIGNATURE, SIGNATURE, Signed, check_signature
 
@@ -310,23 +309,6 @@ def _signature(path: Path) -> bytes:
         raise CheckFailed(f"{error}; sign the bundle again") from None
 
 
-def _open_plain(path: Path) -> BinaryIO:
-    """Open a file that is no link, pipe or device; OSError with EINVAL for those.
-
-    What lies at a path may be exchanged at any moment: what was opened is what is looked at, and read.
-    """
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError as error:
-        if error.errno not in (errno.ELOOP, errno.ENXIO):
-            raise
-        raise OSError(errno.EINVAL, "not a plain file") from None
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
-        raise OSError(errno.EINVAL, "not a plain file")
-    return os.fdopen(handle, "rb")
-
-
 def _checked(folder: Path, name: str, expected: FileDigest, signed: bool, keep: bool = True) -> bytes:
     """A file's contents (nothing without `keep`) when they are what the manifest says."""
     try:
@@ -342,9 +324,10 @@ def _check_file(folder: Path, name: str, expected: FileDigest, keep: bool) -> by
     if name in ("", ".", "..", MANIFEST, SIGNATURE) or set(name) & set("/\\\0"):
         raise InputError(f"bundle {folder}: {MANIFEST} lists a file named {name!r}, which no bundle has")
     try:
-        file = _open_plain(folder / name)
+        file = open_plain(folder / name, os.O_NOFOLLOW)
     except OSError as error:
-        known = {errno.EINVAL: "not a plain file", errno.ENOENT: "missing", errno.ENAMETOOLONG: "missing"}
+        known = dict.fromkeys((errno.EINVAL, errno.ELOOP, errno.ENXIO), "not a plain file")  # ELOOP: a link
+        known |= dict.fromkeys((errno.ENOENT, errno.ENAMETOOLONG), "missing")
         state = known.get(error.errno or 0, f"not readable ({error.strerror})")
         raise InputError(f"{where[:300]} is {state}; build the bundle again") from None
     with file:
