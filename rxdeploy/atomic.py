@@ -1,7 +1,9 @@
 """Files and folders that appear by rename: whole, or not at all.
 
 Everything is written under a temporary name beside its destination, locked by the process that writes it, so that
-what a killed process left behind can be told from what is being written, and swept by the next one.
+what a killed process left behind can be told from what is being written, and swept by the next one. What is durable is
+on the disk before it has its name, and has it there before what it replaces goes: after a power cut too, there is the
+old one or the new one. The cache, whose entries are checked before they are used, does without.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from pathlib import Path
 _MARK = ".rxdeploy-tmp-"
 _ASIDE_MARK = ".rxdeploy-old-"  # of a folder that makes room for the new one of its name
 _ABANDONED_S = 7 * 24 * 3600  # after which a temporary is nobody's, on a file system that has no locks to tell by
+_NO_FSYNC = (errno.EINVAL, errno.ENOTSUP)  # of a file system that cannot do it for such a file
 _AT_FDCWD = -100  # from fcntl.h: paths are relative to the working directory
 _RENAME_EXCHANGE = 2  # from linux/fs.h
 
@@ -78,8 +81,33 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def _to_disk(path: Path) -> None:
+    """Wait until a file, or a folder and all that is in it, is on the disk."""
+    for each in (*path.rglob("*"), path):
+        if each.is_symlink():
+            continue
+        handle = os.open(each, os.O_RDONLY | os.O_NOFOLLOW)
+        try:
+            os.fsync(handle)
+        except OSError as error:
+            if error.errno not in _NO_FSYNC:
+                raise
+        finally:
+            os.close(handle)
+
+
+def _name_to_disk(destination: Path) -> None:
+    """The same for a name that was given. It stands, so what fails here is no failure of what was written."""
+    with contextlib.suppress(OSError):
+        handle = os.open(destination.parent, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
 @contextlib.contextmanager
-def new_folder(destination: Path) -> Iterator[Path]:
+def new_folder(destination: Path, durable: bool = True) -> Iterator[Path]:
     """A folder to fill, which becomes `destination` when the block ends without an error.
 
     An existing `destination` is exchanged with the new folder in one step. On an error, Ctrl-C included,
@@ -89,16 +117,20 @@ def new_folder(destination: Path) -> Iterator[Path]:
     sweep(destination.parent)
     with _held(destination, Path.mkdir) as folder:
         yield folder
+        if durable:
+            _to_disk(folder)
         try:
             os.rename(folder, destination)  # works when it is absent or empty
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
             _exchange(folder, destination)
+        if durable:
+            _name_to_disk(destination)
 
 
 @contextlib.contextmanager
-def new_file(destination: Path) -> Iterator[Path]:
+def new_file(destination: Path, durable: bool = True) -> Iterator[Path]:
     """A path to write to, which becomes `destination` (replacing it) when the block ends without an error.
 
     OSError when it cannot be made or moved.
@@ -107,7 +139,11 @@ def new_file(destination: Path) -> Iterator[Path]:
     sweep(destination.parent)
     with _held(destination, Path.touch) as temporary:
         yield temporary
+        if durable:
+            _to_disk(temporary)
         os.replace(temporary, destination)
+        if durable:
+            _name_to_disk(destination)
 
 
 def write_bytes(destination: Path, data: bytes) -> None:

@@ -136,7 +136,7 @@ class Cache:
                     entry = self._lookup(place, verify)
                     if entry is not None:
                         return entry
-            with atomic.new_folder(folder) as new:
+            with atomic.new_folder(folder, durable=False) as new:
                 facts = produce(new)
                 files = {path.name: [path.stat().st_size, sha256_of(path)] for path in sorted(new.iterdir())}
                 body = json.dumps({"facts": facts, "files": files})

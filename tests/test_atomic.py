@@ -330,6 +330,76 @@ def test_write_bytes_writes_whole_files(tmp_path: Path, monkeypatch: pytest.Monk
     assert names(tmp_path / "parent") == ["file"]
 
 
+# Power cuts
+
+
+@pytest.fixture
+def journal(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """What was forced to the disk, got another name or went, in this order."""
+    calls: list[tuple[str, str]] = []
+
+    def listed(module: Any, name: str, naming: Callable[..., str]) -> None:
+        real = getattr(module, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            calls.append((name, naming(*arguments)))
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(module, name, call)
+
+    listed(os, "fsync", lambda handle: Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+    for name in ("rename", "replace"):
+        listed(os, name, lambda _, destination: Path(destination).name)
+    listed(atomic, "_exchange", lambda _, old: Path(old).name)
+    listed(shutil, "rmtree", lambda *_: "")
+    return calls
+
+
+def test_a_folder_is_on_the_disk_before_the_old_one_goes(tmp_path: Path, journal: list[tuple[str, str]]) -> None:
+    for moved in ("rename", "_exchange"):
+        journal.clear()
+        with atomic.new_folder(tmp_path / "new") as folder:
+            (folder / "1").mkdir()
+            (folder / "1" / "model").write_text("model")
+            (folder / "manifest").write_text("manifest")
+        forced = {name for call, name in journal[: journal.index((moved, "new"))] if call == "fsync"}
+        assert forced == {"1", "model", "manifest", folder.name}
+        after = journal[journal.index((moved, "new")) + 1 :]
+        assert after == [("fsync", tmp_path.name)] + [("rmtree", "")] * (moved == "_exchange")
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, journal: list[tuple[str, str]]) -> None:
+    with atomic.new_file(tmp_path / "file") as temporary:
+        temporary.write_text("text")
+    assert journal == [("fsync", temporary.name), ("replace", "file"), ("fsync", tmp_path.name)]
+
+
+def test_what_need_not_be_durable_waits_for_no_disk(tmp_path: Path, journal: list[tuple[str, str]]) -> None:
+    with atomic.new_folder(tmp_path / "folder", durable=False) as folder:
+        (folder / "file").write_text("text")
+    with atomic.new_file(tmp_path / "file", durable=False) as file:
+        file.write_text("text")
+    assert [call for call, _ in journal] == ["rename", "replace"]
+
+
+@pytest.mark.parametrize("error", [errno.EINVAL, errno.EIO])
+def test_a_disk_that_cannot_be_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int) -> None:
+    """A file system without fsync takes the file all the same; a disk that fails does not."""
+
+    def fail(_: int) -> None:
+        raise OSError(error, os.strerror(error))
+
+    (tmp_path / "file").write_text("old")
+    monkeypatch.setattr(os, "fsync", fail)
+    if error == errno.EINVAL:
+        atomic.write_bytes(tmp_path / "file", b"new")
+    else:
+        with pytest.raises(OSError, match="Input/output"):
+            atomic.write_bytes(tmp_path / "file", b"new")
+    assert (tmp_path / "file").read_text() == ("new" if error == errno.EINVAL else "old")
+    assert names(tmp_path) == ["file"]
+
+
 # sweep
 
 

@@ -44,7 +44,7 @@ class Gathered:
         }
         arrays |= {f"{name}|maxima": array for name, array in self.maxima.items()}
         arrays |= {"tag": np.array(self.tag), "images": np.array(self.images), "content": np.array(self.content)}
-        with atomic.new_file(path) as temporary, temporary.open("wb") as file:
+        with atomic.new_file(path, durable=False) as temporary, temporary.open("wb") as file:
             np.savez_compressed(file, **arrays)
 
     @classmethod
