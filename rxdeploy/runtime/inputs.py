@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rxdeploy.engines.bundle import Manifest
+from rxdeploy.engines.bundle import MODEL, Bundle, Manifest
 from rxdeploy.errors import InputError
 from rxdeploy.runtime import arrays
 from rxdeploy.runtime.arrays import DeviceView
@@ -16,6 +17,27 @@ from rxdeploy.runtime.preprocess import normalise
 # Of a normalised pixel, which is a few units. It is where float16 ends, whatever the precision: a service does not
 # begin to refuse when its bundle is built with another.
 LARGEST = 65504.0
+
+
+class ModelTensor(NamedTuple):
+    """An input or output of model.onnx as an engine finds it: `shape` of one image, None for what may be any size."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | None, ...]
+
+
+def check_model(bundle: Bundle, inputs: Sequence[ModelTensor], outputs: Sequence[ModelTensor]) -> None:
+    """InputError unless the model takes and gives what the bundle's manifest says."""
+    manifest = bundle.manifest
+    needed = Inputs(manifest)
+    wanted = (
+        ("input", [ModelTensor(manifest.inputs[0].name, needed.dtype.name, needed.declared)], inputs),
+        ("output", [ModelTensor(manifest.outputs[0].name, "float32", (manifest.num_classes,))], outputs),
+    )
+    for what, expected, found in wanted:
+        if list(found) != expected:
+            raise InputError(f"{bundle.file(MODEL)}: its {what} is not what the manifest says; build the bundle again")
 
 
 class Inputs:
@@ -32,13 +54,13 @@ class Inputs:
         self.normalised = not manifest.normalisation_in_graph
         self._mean, self._std = manifest.preprocessing.mean, manifest.preprocessing.std
         self._raw = (self.size, self.size, 3)
-        self._declared = (3, self.size, self.size) if self.normalised else self._raw
-        self._dtype = np.dtype(np.float32 if self.normalised else np.uint8)
+        self.declared = (3, self.size, self.size) if self.normalised else self._raw
+        self.dtype = np.dtype(np.float32 if self.normalised else np.uint8)
 
     def host(self, images: Any) -> NDArray:
         """A batch on the host, as the engine takes it."""
         batch = arrays.host_array(images, "images")
-        if batch.ndim == 4 and batch.shape[1:] == self._declared and batch.dtype == self._dtype:
+        if batch.ndim == 4 and batch.shape[1:] == self.declared and batch.dtype == self.dtype:
             return self._checked(batch, "images")
         if self.normalised and batch.ndim == 4 and batch.shape[1:] == self._raw and batch.dtype == np.uint8:
             return normalise(batch, self._mean, self._std)
@@ -48,14 +70,14 @@ class Inputs:
 
     def device(self, images: DeviceView) -> DeviceView:
         """A batch on the GPU, which must be the engine's own input."""
-        if len(images.shape) == 4 and images.shape[1:] == self._declared and images.dtype == self._dtype:
+        if len(images.shape) == 4 and images.shape[1:] == self.declared and images.dtype == self.dtype:
             return images
-        declared = f"{self._dtype} (n, {', '.join(map(str, self._declared))})"
+        declared = f"{self.dtype} (n, {', '.join(map(str, self.declared))})"
         raise InputError(f"images: got {images.dtype} {images.shape} on the GPU, expected {declared}")
 
     def one(self, image: Any) -> NDArray:
         """One image on the host, without the batch, as the engine takes it."""
-        if type(image) is np.ndarray and image.shape == self._declared and image.dtype == self._dtype:
+        if type(image) is np.ndarray and image.shape == self.declared and image.dtype == self.dtype:
             return self._checked(image, "image")  # as it comes, most often
         if arrays.is_on_device(image, "image"):
             raise InputError("image: it lies on a GPU, and single images are gathered on the host; run takes it there")

@@ -18,13 +18,18 @@ from rxdeploy.engines.gpu import find_driver
 from rxdeploy.errors import CheckFailed, EnvironmentLacks, first_line, missing_module
 from rxdeploy.runtime.arrays import Array, DeviceView, part_of
 from rxdeploy.runtime.cuda import DeviceArray, Gpu
+from rxdeploy.runtime.inputs import ModelTensor, check_model
 from rxdeploy.runtime.opening import in_its_own_thread
 from rxdeploy.runtime.shares import LARGEST, Compute, SharedOut, Shares, callers_at_once
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _PROVIDERS = {"cpu": CPU, "cuda": CUDA}
+_DTYPES = {"tensor(uint8)": "uint8", "tensor(float)": "float32"}
 # Images that are computed at once; of more, the activations take memory.
 _LARGEST = {"cpu": LARGEST, "cuda": 256}
+
+# Before, QuantizeLinear of float16 truncates on a CPU instead of rounding (ONNX Runtime's pull request 32452).
+_ROUNDS_FLOAT16 = (1, 30)
 
 # TF32 would round float32 convolutions to 10 bits of mantissa, which is no float32 any more.
 _PROVIDER_OPTIONS: dict[str, dict[str, str]] = {CPU: {}, CUDA: {"use_tf32": "0"}}
@@ -50,10 +55,12 @@ def open_session(
     `ordinal` is the GPU's number; of `settings`, what one session has is followed; with `profile`, ONNX Runtime
     writes its profile to a file beginning so. Without `integers`, Q/DQ nodes round and everything between them is
     computed in floating point, which is what a model quantised for TensorRT means: ONNX Runtime's own integer kernels
-    saturate on signed activations where a CPU has no VNNI. `name` is what errors call a model given as bytes.
+    saturate on signed activations where a CPU has no VNNI. Of such a model, float16 tensors are quantised in other
+    steps where this ONNX Runtime would truncate them. `name` is what errors call a model given as bytes.
 
     EnvironmentLacks when the provider is not here: ONNX Runtime itself would fall back to the CPU without a
-    word. CheckFailed when it cannot load the model.
+    word; or when it does not round, and the package onnx is not there to help. CheckFailed when it cannot load the
+    model.
     """
     ort = import_onnxruntime()
     if provider not in ort.get_available_providers():
@@ -70,12 +77,16 @@ def open_session(
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
     provider_options = _PROVIDER_OPTIONS[provider] | ({"device_id": str(ordinal)} if provider == CUDA else {})
-    source = model if isinstance(model, bytes) else str(model)
     # Its fallback would go on with another provider, now or after a failed run, and say so on stdout.
     providers: dict[str, Any] = {"providers": [(provider, provider_options)], "enable_fallback": 0}
-    create = partial(ort.InferenceSession, source, options, **providers)
+    truncates = provider == CPU and not integers and tuple(map(int, ort.__version__.split(".")[:2])) < _ROUNDS_FLOAT16
     try:
+        read = _rounded(model, ort.__version__) if truncates else model
+        source = read if isinstance(read, bytes) else str(read)
+        create = partial(ort.InferenceSession, source, options, **providers)
         session = in_its_own_thread(create) if settings.denormals_as_zero else create()
+    except EnvironmentLacks:
+        raise
     except Exception as error:  # ONNX Runtime's exceptions share no base of their own
         if provider == CUDA and type(error).__name__ == "EPFail":
             raise EnvironmentLacks(f"ONNX Runtime's {provider} does not start here: {first_line(error)}") from None
@@ -87,6 +98,49 @@ def open_session(
             "pip install -U 'rxdeploy[gpu]' brings them"
         )
     return session
+
+
+def _rounded(model: Path | bytes, version: str) -> bytes:
+    """The model with the float16 tensors quantised by steps that round: QuantizeLinear's own, of TensorRT's kind.
+
+    That kind has one scale a tensor and no zero point. QuantizeLinear of a cast to float32 would do the same, but
+    ONNX Runtime 1.20 does not load such a model.
+    """
+    try:
+        import onnx
+    except ModuleNotFoundError:
+        raise EnvironmentLacks(
+            f"ONNX Runtime {version} truncates what this model, which is quantised for TensorRT, rounds; "
+            "pip install -U onnxruntime brings 1.30 or later (where there is one), pip install onnx corrects it"
+        ) from None
+    proto = onnx.load_from_string(model) if isinstance(model, bytes) else onnx.load(model)
+    graph, float32, int8 = proto.graph, onnx.TensorProto.FLOAT, onnx.TensorProto.INT8
+    scales = {each.name: each for each in graph.initializer if each.data_type == onnx.TensorProto.FLOAT16}
+    nodes = []
+    for node in graph.node:
+        if node.op_type != "QuantizeLinear" or node.input[1] not in scales:
+            nodes.append(node)
+            continue
+        name = f"{node.output[0]}.rounded"
+        scale = onnx.numpy_helper.to_array(scales[node.input[1]]).astype(np.float32)
+        ends = {f"{name}.scale": scale, f"{name}.least": np.float32(-128), f"{name}.most": np.float32(127)}
+        graph.initializer.extend(onnx.numpy_helper.from_array(np.asarray(a), key) for key, a in ends.items())
+        steps: tuple[tuple[str, list[str], dict[str, Any]], ...] = (
+            ("Cast", [], {"to": float32}),
+            ("Div", [f"{name}.scale"], {}),
+            ("Round", [], {}),
+            ("Clip", [f"{name}.least", f"{name}.most"], {}),
+            ("Cast", [], {"to": int8}),
+        )
+        value = node.input[0]
+        for operator, others, attributes in steps:
+            made = f"{name}.{len(nodes)}"
+            nodes.append(onnx.helper.make_node(operator, [value, *others], [made], **attributes))
+            value = made
+        nodes[-1].output[0] = node.output[0]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    return proto.SerializeToString()
 
 
 def _options(ort: Any, settings: CpuSettings) -> Any:
@@ -107,6 +161,18 @@ def run_session(session: Any, names: list[str], feed: dict[str, NDArray]) -> lis
         return session.run(names, feed)
     except Exception as error:  # as above
         raise CheckFailed(f"ONNX Runtime cannot run the model: {first_line(error)}") from None
+
+
+def _tensors(found: Any) -> list[ModelTensor]:
+    """The inputs or outputs of a session, as the manifest tells them."""
+    return [
+        ModelTensor(
+            each.name,
+            _DTYPES.get(each.type, each.type),
+            tuple(size if isinstance(size, int) else None for size in each.shape[1:]),
+        )
+        for each in found
+    ]
 
 
 class OnnxEngine(SharedOut[Any]):
@@ -130,6 +196,7 @@ class OnnxEngine(SharedOut[Any]):
         count = 1 if self.settings.threads == 1 else self.settings.sessions
         model = bundle.read(bundles.MODEL)  # the bytes that were checked, for each of them
         sessions = [self._session(model) for _ in range(count)]
+        check_model(bundle, _tensors(sessions[0].get_inputs()), _tensors(sessions[0].get_outputs()))
         computes = [self._compute(sessions[n % count]) for n in range(self.settings.sessions)]
         self._held = Shares(computes, self.largest, self._classes), sessions[0]
         where = find_driver().gpus[ordinal].name if device == "cuda" else "CPU"

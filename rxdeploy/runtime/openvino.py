@@ -23,6 +23,7 @@ from rxdeploy.engines import bundle as bundles
 from rxdeploy.engines.bundle import Bundle, CpuSettings
 from rxdeploy.errors import CheckFailed, EnvironmentLacks, first_line, missing_module
 from rxdeploy.runtime.arrays import Array
+from rxdeploy.runtime.inputs import ModelTensor, check_model
 from rxdeploy.runtime.opening import in_its_own_thread
 from rxdeploy.runtime.shares import LARGEST, SharedOut, Shares, callers_at_once
 
@@ -218,7 +219,21 @@ def _read(bundle: Bundle) -> Any:
             "in integers, which saturate on many CPUs; pip install 'rxdeploy[cpu]' adds ONNX Runtime, which "
             "computes there in floating point, or build the bundle with --target onnxruntime"
         )
-    return read_model(bundle.read(bundles.MODEL), name=bundle.file(bundles.MODEL))
+    model = read_model(bundle.read(bundles.MODEL), name=bundle.file(bundles.MODEL))
+    check_model(bundle, _tensors(model.inputs), _tensors(model.outputs))
+    return model
+
+
+def _tensors(found: Any) -> list[ModelTensor]:
+    """The inputs or outputs of a model, as the manifest tells them."""
+    return [
+        ModelTensor(
+            each.get_any_name(),
+            each.element_type.to_dtype().name,
+            tuple(size.get_length() if size.is_static else None for size in list(each.partial_shape)[1:]),
+        )
+        for each in found
+    ]
 
 
 class _Models:

@@ -174,7 +174,7 @@ empty          2  manifest.json is damaged
 truncated      2  manifest.json is damaged
 flipped        2  manifest.json
 head_flipped   2  manifest.json is damaged
-oversized      2  1,099,511,627,776 bytes, more than the 67,108,864 that such a file may have
+oversized      2  1,099,511,627,776 bytes, more than the 16,777,216 that such a file may have
 long_line      2  manifest.json is damaged
 zeros          2  manifest.json is damaged
 utf16          2  manifest.json is damaged
