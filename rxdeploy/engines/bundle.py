@@ -31,6 +31,7 @@ from rxdeploy.signing.signature import LARGEST_SIGNATURE, SIGNATURE, Signed, che
 SCHEMA: Literal[1] = 1
 UNSEALED = "0" * 64
 MANIFEST = "manifest.json"
+_LARGEST_MANIFEST = 1 << 24  # bytes; one has some 10,000
 MODEL = "model.onnx"
 PLAN = "engine.plan"
 LABELS = "labels.txt"
@@ -193,7 +194,7 @@ def manifest_bytes(path: Path) -> bytes:
         raise InputError(f"bundle {path}: not a bundle (there is no {MANIFEST}); `rxdeploy build` makes one")
     if (path / MANIFEST).is_symlink():
         raise InputError(f"bundle {path}: {MANIFEST} is a link, which no bundle has; copy the files themselves")
-    return read_plain(path / MANIFEST, f"bundle {path}: {MANIFEST}")
+    return read_plain(path / MANIFEST, f"bundle {path}: {MANIFEST}", _LARGEST_MANIFEST)
 
 
 def parse_manifest(path: Path, data: bytes) -> Manifest:
@@ -375,12 +376,16 @@ def check_destination(destination: Path, model: str, precision: str, overwrite: 
     """InputError unless a bundle of `model` may be written to `destination`.
 
     It may be absent, an empty folder, or an earlier build of the same model and precision; any other bundle
-    needs `overwrite`. What is no bundle, or holds a file that no bundle has, is never replaced.
+    needs `overwrite`. What is no bundle, or holds a file that no bundle has, is never replaced; nor is anything put
+    into a bundle, whose signature would not be of it.
     """
     if destination.is_symlink() or (destination.exists() and not destination.is_dir()):
         raise InputError(f"output {destination}: exists and is not a folder; choose another with -o")
     if Path.cwd().is_relative_to(destination.resolve()):
         raise InputError(f"output {destination}: is the working directory or above it; choose a folder inside with -o")
+    for folder in destination.resolve().parents:
+        if (folder / MANIFEST).exists() and (folder / MODEL).exists():
+            raise InputError(f"output {destination}: lies in the bundle {folder}; choose a folder outside with -o")
     try:
         atomic.check_writable(destination)
     except OSError as error:

@@ -448,6 +448,17 @@ def test_an_absent_destination(tmp_path: Path) -> None:
     assert names(tmp_path) == [], "checking creates nothing"
 
 
+@pytest.mark.parametrize("inside", ["in", "deeper/in"])
+def test_nothing_is_put_into_a_bundle(tmp_path: Path, inside: str) -> None:
+    write(tmp_path / "it")
+    (tmp_path / "link").symlink_to(tmp_path / "it")
+    before = names(tmp_path / "it")
+    for way in ("it", "link"):
+        with pytest.raises(InputError, match=rf"lies in the bundle {tmp_path / 'it'}; choose a folder outside"):
+            check_destination(tmp_path / way / inside, "tiny", "fp16", True)
+    assert names(tmp_path / "it") == before
+
+
 def test_an_empty_folder(tmp_path: Path) -> None:
     (tmp_path / "it").mkdir()
     check_destination(tmp_path / "it", "tiny", "fp16", False)
