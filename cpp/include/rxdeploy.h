@@ -81,6 +81,9 @@ typedef struct rxdeploy_options {
     size_t queue_size;              /* most requests waiting; 1024 */
     rxdeploy_when_full when_full;   /* RXDEPLOY_WAIT */
     size_t workers;                 /* threads that compute batches; 0: what suits bundle and machine */
+    /* Files of public keys in PEM: only a bundle that one of them signed (`rxdeploy sign`) is opened. NULL and 0: any. */
+    const char *const *trusted_keys;
+    size_t trusted_key_count;
 } rxdeploy_options;
 
 /* `size` is sizeof(rxdeploy_options), as this program was compiled, which the macro gives: a later library may know a
@@ -89,7 +92,8 @@ RXDEPLOY_API void rxdeploy_options_init(rxdeploy_options *options, size_t size);
 #define rxdeploy_options_init(options) rxdeploy_options_init((options), sizeof(rxdeploy_options))
 
 /* Open the bundle at `path`, check every digest, and get it ready to run. `options` may be NULL.
- * RXDEPLOY_INPUT_ERROR for a bundle that is none or was altered; RXDEPLOY_ENVIRONMENT_LACKS, with the reason, for a
+ * RXDEPLOY_INPUT_ERROR for a bundle that is none or was altered, RXDEPLOY_CHECK_FAILED for one that no trusted key
+ * signed as it is, RXDEPLOY_ENVIRONMENT_LACKS, with the reason, for a
  * device that is not possible here. */
 RXDEPLOY_API rxdeploy_status rxdeploy_open(const char *path, const rxdeploy_options *options,
                                            rxdeploy_session **session);
@@ -126,7 +130,8 @@ RXDEPLOY_API const char *rxdeploy_label(const rxdeploy_session *session, size_t 
 /* uint8 RGB images (n, image_size, image_size, 3) in host memory; complete on return. RXDEPLOY_CHECK_FAILED when a
  * logit is not finite. */
 RXDEPLOY_API rxdeploy_status rxdeploy_run(rxdeploy_session *session, const uint8_t *images, size_t n, float *logits);
-/* The declared input of a bundle built with `--input float32`: normalised float32 (n, 3, image_size, image_size). */
+/* The declared input of a bundle built with `--input float32`: normalised float32 (n, 3, image_size, image_size).
+ * RXDEPLOY_INPUT_ERROR when a sample is not finite or beyond 65504. */
 RXDEPLOY_API rxdeploy_status rxdeploy_run_float32(rxdeploy_session *session, const float *images, size_t n,
                                                   float *logits);
 /* The declared input and the logits in the GPU's memory (its primary context), enqueued on `stream`, a CUstream or
@@ -258,6 +263,9 @@ RXDEPLOY_API void rxdeploy_text_free(char *text);
 RXDEPLOY_API rxdeploy_status rxdeploy_check_manifest(const char *data, size_t bytes);
 /* Whether the bundle at `path` and all its files are as they were built. */
 RXDEPLOY_API rxdeploy_status rxdeploy_check_bundle(const char *path);
+/* The same, and whether one of the keys (as in rxdeploy_options) signed it: if not, RXDEPLOY_CHECK_FAILED. */
+RXDEPLOY_API rxdeploy_status rxdeploy_verify_bundle(const char *path, const char *const *trusted_keys,
+                                                    size_t trusted_key_count);
 
 #ifdef __cplusplus
 }

@@ -101,6 +101,7 @@ struct Options {
     std::size_t max_batch = 0, queue_size = 1024, workers = 0;
     double max_delay_ms = 2;
     bool reject_when_full = false;
+    std::vector<std::string> trusted_keys;  // files of public keys; none: any bundle is opened
 };
 
 struct SubmitOptions {
@@ -178,6 +179,10 @@ class Session {
         given.queue_size = options.queue_size;
         given.when_full = options.reject_when_full ? RXDEPLOY_REJECT : RXDEPLOY_WAIT;
         given.workers = options.workers;
+        std::vector<const char *> keys;
+        for (const std::string &key : options.trusted_keys) keys.push_back(key.c_str());
+        given.trusted_keys = keys.empty() ? nullptr : keys.data();
+        given.trusted_key_count = keys.size();
         rxdeploy_session *session = nullptr;
         check(rxdeploy_open(bundle.c_str(), &given, &session));
         handle_.reset(session);

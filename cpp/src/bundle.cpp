@@ -2,14 +2,18 @@
 
 #include <fcntl.h>
 #include <sys/stat.h>
-#include <unistd.h>
 
 #include <cerrno>
-#include <cstring>
+#include <filesystem>
+#include <map>
+#include <optional>
+#include <string_view>
 #include <system_error>
 
 #include "digest.h"
 #include "error.h"
+#include "files.h"
+#include "signature.h"
 
 namespace rx {
 namespace {
@@ -18,64 +22,62 @@ constexpr const char *MANIFEST = "manifest.json";
 constexpr const char *LABELS = "labels.txt";
 constexpr std::size_t LONGEST_NAME = 255;
 // Bytes; more is no such file. Read, a manifest takes some twenty times its size.
-constexpr off_t LARGEST_MANIFEST = off_t(1) << 24, LARGEST_LABELS = off_t(1) << 28;
+constexpr off_t LARGEST_MANIFEST = off_t(1) << 24, LARGEST_LABELS = off_t(1) << 28,
+                LARGEST_SIGNATURE = off_t(1) << 20;
 
-std::string reason(int error) { return std::generic_category().message(error); }
-
-class File {
-  public:
-    File(const std::string &path, int flags) : descriptor_(::open(path.c_str(), O_RDONLY | O_CLOEXEC | flags)) {}
-    ~File() {
-        if (descriptor_ >= 0) ::close(descriptor_);
-    }
-    File(const File &) = delete;
-    File &operator=(const File &) = delete;
-
-    bool is_open() const { return descriptor_ >= 0; }
-    bool status(struct stat &result) const { return ::fstat(descriptor_, &result) == 0; }
-
-    // Give it to `take` piece by piece; the error's number, or 0. EFBIG when there is more than `most`: it may grow
-    // while it is read.
-    template <typename Take>
-    int read(off_t most, Take take) const {
-        std::string block(std::size_t(1) << 20, '\0');
-        for (off_t total = 0;;) {
-            const ssize_t got = ::read(descriptor_, block.data(), block.size());
-            if (got == 0) return 0;
-            if (got < 0 && errno == EINTR) continue;
-            if (got < 0) return errno;
-            if ((total += got) > most) return EFBIG;
-            take(block.data(), static_cast<std::size_t>(got));
-        }
-    }
-
-  private:
-    const int descriptor_;
-};
-
-// All of a text file, or the number of the error that kept it from being read.
-int read_text(const std::string &path, off_t most, std::string &text) {
-    const File file(path, O_NONBLOCK);  // opening a pipe would wait for its writer
+// Its signature, checked; what it vouches for has to be the manifest in `data`, and the files that this lists.
+Manifest signed_manifest(const std::string &path, const std::string &data, const TrustedKeys &keys) {
+    const std::string where = "bundle " + path, file = path + "/" + SIGNATURE;
     struct stat status;
-    if (!file.is_open() || !file.status(status)) return errno;
-    if (S_ISDIR(status.st_mode)) return EISDIR;
-    if (!S_ISREG(status.st_mode)) return EINVAL;
-    if (status.st_size > most) return EFBIG;
-    return file.read(most, [&](const char *data, std::size_t size) { text.append(data, size); });
+    if (::lstat(file.c_str(), &status) != 0)
+        check_failed(where + ": is not signed (there is no " + SIGNATURE + "), and only signed ones are trusted here; "
+                     "`rxdeploy sign` signs it");
+    std::string signature;
+    const int error = read_text(file, LARGEST_SIGNATURE, signature, O_NOFOLLOW);
+    if (error == ELOOP)
+        check_failed(where + ": " + SIGNATURE + " is a link, which no bundle has; sign the bundle again");
+    if (error) check_failed(where + ": " + SIGNATURE + ": cannot be read: " + reason(error) + "; sign the bundle again");
+    std::map<std::string, std::string> files = keys.signed_files(signature, where);
+    const auto own = files.find(MANIFEST);
+    if (own == files.end() || own->second != sha256(data))
+        check_failed(where + ": " + MANIFEST + " is not the one that was signed; sign the bundle again");
+    Manifest manifest = parse_manifest(data, where);
+    std::map<std::string, std::string> listed{{MANIFEST, own->second}};
+    for (const auto &[name, expected] : manifest.files) listed[name] = expected.sha256;
+    if (listed != files || manifest.files.count(MANIFEST))
+        check_failed(where + ": " + SIGNATURE + " and " + MANIFEST + " list different files; sign the bundle again");
+    return manifest;
 }
 
-Manifest read_manifest(const std::string &path) {
+Manifest read_manifest(const std::string &path, const std::vector<std::string> &keys) {
     const std::string where = "bundle " + path;
+    std::optional<TrustedKeys> trusted;
+    if (!keys.empty()) trusted.emplace(keys);
     std::string data;
     const int error = read_text(path + "/" + MANIFEST, LARGEST_MANIFEST, data);
     if (error == ENOENT || error == ENOTDIR)
         input_error(where + ": not a bundle (there is no " + MANIFEST + "); `rxdeploy build` makes one");
     if (error) input_error(where + ": " + MANIFEST + " cannot be read: " + reason(error));
-    return parse_manifest(data, where);
+    return trusted ? signed_manifest(path, data, *trusted) : parse_manifest(data, where);
+}
+
+// Anything in a signed bundle's folder that is none of the bundle's is an error.
+void check_strangers(const std::string &path, const Manifest &manifest) {
+    std::error_code error;
+    std::string first;
+    for (std::filesystem::directory_iterator entry(path, error), end; !error && entry != end; entry.increment(error)) {
+        const std::string name = entry->path().filename().string();
+        const bool known = name == MANIFEST || name == SIGNATURE || manifest.files.count(name);
+        if (!known && (first.empty() || name < first)) first = name;
+    }
+    if (error) input_error("bundle " + path + ": cannot be read: " + error.message());
+    if (!first.empty())
+        check_failed("bundle " + path + ": holds " + printable(first) + ", which is not signed; take it out, or sign it "
+                     "again");
 }
 
 bool is_file_name(const std::string &name) {
-    return !name.empty() && name != "." && name != ".." && name != MANIFEST &&
+    return !name.empty() && name != "." && name != ".." && name != MANIFEST && name != SIGNATURE &&
            name.find_first_of(std::string("/\\\0", 3)) == std::string::npos;
 }
 
@@ -109,6 +111,21 @@ void check_file(const std::string &folder, const std::string &name, const FileDi
                     printable(expected.sha256.substr(0, 8)) + "; build the bundle again");
 }
 
+// The same for a bundle that may be signed: then what is wrong is not what was signed.
+void check_file(const std::string &folder, const std::string &name, const FileDigest &expected, bool is_signed,
+                std::string *contents) {
+    try {
+        check_file(folder, name, expected, contents);
+    } catch (const Error &error) {
+        if (!is_signed || error.status != RXDEPLOY_INPUT_ERROR) throw;
+        constexpr std::string_view WAY_OUT = "build the bundle again";
+        std::string message = error.what();
+        if (const std::size_t at = message.find(WAY_OUT); at != std::string::npos)
+            message.replace(at, WAY_OUT.size(), "it is not what was signed");
+        check_failed(message);
+    }
+}
+
 std::vector<std::string> lines_of(const std::string &text) {
     std::vector<std::string> lines;
     std::string line;
@@ -134,15 +151,17 @@ std::string stripped(const std::string &text) {
 
 }  // namespace
 
-Bundle::Bundle(std::string folder) : path(std::move(folder)), manifest(read_manifest(path)) {
-    for (const auto &[name, expected] : manifest.files) check_file(path, name, expected, nullptr);
+Bundle::Bundle(std::string folder, const std::vector<std::string> &trusted_keys)
+    : path(std::move(folder)), manifest(read_manifest(path, trusted_keys)), is_signed_(!trusted_keys.empty()) {
+    if (is_signed_) check_strangers(path, manifest);
+    for (const auto &[name, expected] : manifest.files) check_file(path, name, expected, is_signed_, nullptr);
     if (!manifest.files.count(MODEL))
         input_error("bundle " + path + ": " + MANIFEST + " lists no " + MODEL + "; build the bundle again");
 }
 
 std::string Bundle::read(const std::string &name) const {
     std::string contents;
-    check_file(path, name, manifest.files.at(name), &contents);
+    check_file(path, name, manifest.files.at(name), is_signed_, &contents);
     return contents;
 }
 

@@ -15,7 +15,9 @@ inline constexpr const char *PLAN = "engine.plan";
 class Bundle {
   public:
     // Error (RXDEPLOY_INPUT_ERROR) names the file that is missing, of another size, altered, or no plain file.
-    explicit Bundle(std::string path);
+    // With `trusted_keys`, files of public keys, that is RXDEPLOY_CHECK_FAILED, and so is a bundle that none of them
+    // signed, or that holds anything besides: the signature is checked before anything else of it is read.
+    explicit Bundle(std::string path, const std::vector<std::string> &trusted_keys = {});
 
     // The contents of one of its files, which had their digest when they were read.
     std::string read(const std::string &name) const;
@@ -25,6 +27,9 @@ class Bundle {
 
     const std::string path;
     const Manifest manifest;
+
+  private:
+    const bool is_signed_;
 };
 
 // Class names from a text file, one a line, `name` or `identifier<TAB>name`; as many as there are classes.

@@ -133,6 +133,20 @@ char *copied(const std::string &text) {
     return copy;
 }
 
+// No keys where there is no list; an empty one would trust nobody, and is a mistake.
+std::vector<std::string> keys_of(const char *const *keys, std::size_t count) {
+    constexpr std::size_t MOST = 1024;
+    if (keys && !count) input_error("trusted keys: none given, so that no bundle could be trusted; give a public key");
+    if (!keys && count) input_error("trusted_keys is NULL");
+    if (count > MOST) input_error("trusted_key_count is " + std::to_string(count) + "; it must be at most 1024");
+    std::vector<std::string> result;
+    for (std::size_t i = 0; i < count; ++i) {
+        need(keys[i], "a trusted key");
+        result.emplace_back(keys[i]);
+    }
+    return result;
+}
+
 Options options_of(const rxdeploy_options &given) {
     const auto text = [](const char *value) { return std::string(value ? value : ""); };
     if (given.when_full != RXDEPLOY_WAIT && given.when_full != RXDEPLOY_REJECT)
@@ -149,6 +163,7 @@ Options options_of(const rxdeploy_options &given) {
     options.queue_size = given.queue_size;
     options.rejects = given.when_full == RXDEPLOY_REJECT;
     options.workers = given.workers;
+    options.trusted_keys = keys_of(given.trusted_keys, given.trusted_key_count);
     return options;
 }
 
@@ -421,5 +436,13 @@ rxdeploy_status rxdeploy_check_bundle(const char *path) {
     return guarded([&] {
         need(path, "path");
         const Bundle bundle(path);
+    });
+}
+
+rxdeploy_status rxdeploy_verify_bundle(const char *path, const char *const *trusted_keys, size_t trusted_key_count) {
+    return guarded([&] {
+        need(path, "path");
+        need(trusted_keys, "trusted_keys");
+        const Bundle bundle(path, keys_of(trusted_keys, trusted_key_count));
     });
 }

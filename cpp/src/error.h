@@ -22,11 +22,33 @@ class Error : public std::runtime_error {
 
 inline constexpr const char *CLOSED = "the session is closed; load the bundle again";
 
-// Text of another library or file, fit for one line: control characters become question marks.
+// How many bytes a character of UTF-8 has at the beginning of `text`; 0 where there is none.
+inline std::size_t utf8_length(std::string_view text) {
+    const auto byte = [&](std::size_t i) { return static_cast<unsigned char>(text[i]); };
+    const unsigned char lead = byte(0);
+    const std::size_t length = lead < 0x80 ? 1 : lead < 0xc2 ? 0 : lead < 0xe0 ? 2 : lead < 0xf0 ? 3 : lead < 0xf5 ? 4 : 0;
+    if (length > text.size()) return 0;
+    for (std::size_t i = 1; i < length; ++i)
+        if ((byte(i) & 0xc0) != 0x80) return 0;
+    const bool wrong = length > 2 && ((lead == 0xe0 && byte(1) < 0xa0) || (lead == 0xed && byte(1) > 0x9f) ||
+                                      (lead == 0xf0 && byte(1) < 0x90) || (lead == 0xf4 && byte(1) > 0x8f));
+    return wrong ? 0 : length;
+}
+
+// Text of another library or file, fit for one line of UTF-8: control characters and what is no UTF-8 become question
+// marks.
 inline std::string printable(std::string_view text) {
-    std::string result(text);
-    for (char &c : result)
-        if (static_cast<unsigned char>(c) < 0x20 || c == 0x7f) c = '?';
+    std::string result;
+    while (!text.empty()) {
+        const std::size_t length = utf8_length(text);
+        const auto first = static_cast<unsigned char>(text[0]);
+        const bool c1 = length == 2 && first == 0xc2 && static_cast<unsigned char>(text[1]) < 0xa0;
+        if (length == 0 || c1 || first < 0x20 || first == 0x7f)
+            result += '?';
+        else
+            result += text.substr(0, length);
+        text.remove_prefix(length ? length : 1);
+    }
     return result;
 }
 

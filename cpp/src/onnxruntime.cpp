@@ -15,6 +15,7 @@
 #include <utility>
 #include <vector>
 
+#include "external.h"
 #include "library.h"
 
 namespace rx {
@@ -30,6 +31,7 @@ struct Runtime {
     const OrtApi *api;
     OrtEnv *environment;
     std::string version;
+    bool rounds_float16;  // since 1.30; before, its QuantizeLinear truncates float16 (pull request 32452 there)
 };
 
 // The library to load, and who said so.
@@ -82,7 +84,7 @@ Runtime load_runtime(const std::string &path, const std::string &who) {
     OrtEnv *environment = nullptr;
     if (OrtStatus *status = api->CreateEnv(ORT_LOGGING_LEVEL_FATAL, "rxdeploy", &environment))
         lacks("ONNX Runtime " + version + " does not start: " + message_of(*api, status));
-    return {api, environment, version};
+    return {api, environment, version, major > 1 || minor >= 30};
 }
 
 const Runtime &runtime(const std::string &given) {
@@ -237,7 +239,7 @@ class OnnxEngine final : public Engine {
         check(api_.SessionGetInputCount(session(0), &inputs));
         check(api_.SessionGetOutputCount(session(0), &outputs));
         const auto wrong = [&](const char *what) {
-            check_failed(source_.name + ": its " + what + " is not what the manifest says; build the bundle again");
+            input_error(source_.name + ": its " + what + " is not what the manifest says; build the bundle again");
         };
         Owned<OrtTypeInfo> input(api_.ReleaseTypeInfo), output(api_.ReleaseTypeInfo);
         if (inputs != 1 || name_of(api_.SessionGetInputName) != source_.input) wrong("input");
@@ -271,8 +273,8 @@ class OnnxEngine final : public Engine {
         check(api_.CastTypeInfoToTensorInfo(&type, &info));
         if (info) check(api_.GetTensorElementType(info, &found));
         if (found != expected)
-            check_failed(source_.name + ": its " + what + " is not of the type that the manifest says; build the "
-                                                          "bundle again");
+            input_error(source_.name + ": its " + what + " is not of the type that the manifest says; build the "
+                                                         "bundle again");
         std::size_t rank = 0;
         check(api_.GetDimensionsCount(info, &rank));
         std::vector<std::int64_t> shape(rank);
@@ -319,6 +321,9 @@ class OnnxEngine final : public Engine {
 std::shared_ptr<Engine> open_onnxruntime(const Bundle &bundle, const std::string &library, int threads) {
     const Manifest &m = bundle.manifest;
     const Runtime &loaded = runtime(library);
+    if (!m.for_integers && !loaded.rounds_float16)
+        lacks("ONNX Runtime " + loaded.version + " truncates what this model, which is quantised for TensorRT, rounds; "
+              "install 1.30 or later, or build the bundle with --target onnxruntime");
     CpuSettings settings = m.cpu;
     // How many threads are best depends on how many cores there are: with others than it was tuned on, that is left.
     if (threads || settings.cores.value_or(0) != static_cast<std::int64_t>(cores())) {
@@ -335,6 +340,9 @@ std::shared_ptr<Engine> open_onnxruntime(const Bundle &bundle, const std::string
                   {},
                   m.num_classes,
                   m.multiply_adds};
+    if (keeps_weights_elsewhere(*source.model))
+        input_error("bundle " + bundle.path + ": " + MODEL + " has weights in other files, which no digest covers; "
+                    "build it again");
     for (std::size_t i = 1; i < m.input.shape.size(); ++i) source.sides.push_back(*m.input.shape[i]);
     return std::make_shared<OnnxEngine>(loaded, std::move(source));
 }

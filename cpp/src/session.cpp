@@ -15,6 +15,7 @@ namespace rx {
 namespace {
 
 constexpr std::size_t LARGEST_DEFAULT = 32;  // images that `submit` puts together where the options do not say
+constexpr float LARGEST_PIXEL = 65504;       // of a normalised image; where float16 ends
 constexpr std::size_t MOST = 1 << 20;        // of anything that is counted in the options
 
 // "tensorrt:1" -> ("tensorrt", 1).
@@ -45,10 +46,20 @@ void check(const Options &options) {
     parse_device(options.device);
 }
 
+// As the Python runtime: integers make finite logits of NaN.
+void check_normalised(const float *images, std::size_t count) {
+    const auto fits = [](float sample) { return std::fabs(sample) <= LARGEST_PIXEL; };
+    if (std::all_of(images, images + count, fits)) return;
+    const auto finite = [](float sample) { return std::isfinite(sample); };
+    input_error(std::string("images: holds ") +
+                (std::all_of(images, images + count, finite) ? "values beyond 65504" : "NaN or infinity") +
+                "; normalised pixels are a few units");
+}
+
 }  // namespace
 
 Session::Session(const std::string &path, Options options)
-    : bundle((check(options), path)),
+    : bundle((check(options), path), options.trusted_keys),
       image_bytes(bundle.manifest.preprocessing.image_size * bundle.manifest.preprocessing.image_size * 3),
       metrics(std::make_shared<Metrics>(
           Cost{bundle.manifest.card_flops.value_or(0), bundle.manifest.multiply_adds})),
@@ -150,7 +161,9 @@ void Session::run_float32(const float *images, std::size_t n, float *logits) {
     check_count(n);
     if (bundle.manifest.normalisation_in_graph)
         input_error("images: the bundle takes uint8 images and normalises them itself; use rxdeploy_run");
-    if (n) compute(call.engine(), images, n, logits);
+    if (!n) return;
+    check_normalised(images, n * image_bytes);
+    compute(call.engine(), images, n, logits);
 }
 
 void Session::run_device(const void *images, std::size_t n, void *logits, void *stream) {

@@ -23,6 +23,7 @@ struct Options {
     std::size_t max_batch = 0, queue_size = 1024, workers = 0;
     double max_delay_ms = 2;
     bool rejects = false;
+    std::vector<std::string> trusted_keys;  // none: any bundle is opened
 };
 
 // Thread-safe; every error is an Error.

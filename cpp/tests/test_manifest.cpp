@@ -15,6 +15,7 @@ namespace rx {
 namespace {
 
 using nlohmann::ordered_json;
+using namespace std::string_literals;
 
 const ordered_json MODEL_FILE = {{"model.onnx", {{"sha256", "00"}, {"bytes", 3}}}};
 
@@ -26,6 +27,18 @@ std::string refusal(const std::string &text) {
         return error.what();
     }
     return "";
+}
+
+TEST(Printable, IsOneLineOfUtf8) {
+    const std::string good = "a caf\xc3\xa9, \xe2\x82\xac 5, \xf0\x9f\x90\x9d";
+    EXPECT_EQ(printable(good), good);
+    EXPECT_EQ(printable("a\n\x1b[2J\x7f\0" "b"s), "a??[2J??b");
+    EXPECT_EQ(printable("\xc2\x9b" "2J"), "?2J");        // a control character of two bytes
+    EXPECT_EQ(printable("\x9b" "2J"), "?2J");            // no UTF-8: as Latin-1, the same
+    EXPECT_EQ(printable("\xc0\xaf"), "??");             // a slash in more bytes than it takes
+    EXPECT_EQ(printable("\xed\xa0\x80"), "???");        // half of a pair
+    EXPECT_EQ(printable("\xf4\x90\x80\x80"), "????");   // beyond the last character
+    EXPECT_EQ(printable("cut \xe2\x82"), "cut ??");
 }
 
 TEST(Manifest, IsRead) {

@@ -453,7 +453,7 @@ TEST_F(SessionTest, AModelThatIsAnother) {
     try {
         Session session(folder.path.string(), options);
         FAIL();
-    } catch (const rxdeploy::CheckFailed &error) {
+    } catch (const rxdeploy::InputError &error) {
         EXPECT_NE(std::string(error.what()).find("is not what the manifest says"), std::string::npos);
     }
 }

@@ -31,6 +31,8 @@ class Options(ctypes.Structure):
         ("queue_size", ctypes.c_size_t),
         ("when_full", ctypes.c_int),
         ("workers", ctypes.c_size_t),
+        ("trusted_keys", ctypes.POINTER(ctypes.c_char_p)),
+        ("trusted_key_count", ctypes.c_size_t),
     )
 
 

@@ -95,6 +95,14 @@ def test_float32_input(library: Library, onnxruntime_library: bytes, build_bundl
         assert np.array_equal(ours.run(images, 10), theirs)
         assert np.array_equal(ours.run(normalised, 10), theirs)
         assert np.array_equal(ours.submit(images[3], 10), ours.run(images[3:4], 10)[0])
+        with load(bundle, "cpu") as session:
+            for value in (np.nan, -np.inf, 65505):
+                normalised[-1, -1, -1, -1] = value
+                with pytest.raises(Failed, match="images: holds ") as caught:
+                    ours.run(normalised, 10)
+                with pytest.raises(InputError) as same:
+                    session.run(normalised)
+                assert (caught.value.status, str(caught.value)) == (INPUT_ERROR, str(same.value))
 
 
 def tuned(bundle: Path, destination: Path, cores: int | None, **cpu: Any) -> Path:
@@ -210,6 +218,63 @@ def test_devices_that_are_not_here(library: Library, onnxruntime_library: bytes,
     with Session(library, bundle, onnxruntime=onnxruntime_library) as ours:
         assert library.c.rxdeploy_device(ours.handle) == b"cpu"
         assert b"tensorrt: the bundle has no plan" in library.c.rxdeploy_passed_over(ours.handle)
+
+
+# ONNX Runtime, which says that it is of an older version.
+OLDER = """
+#include <dlfcn.h>
+typedef struct { const void *(*api)(unsigned); const char *(*version)(void); } Base;
+static const char *version(void) { return "1.29.1"; }
+const Base *OrtGetApiBase(void) {
+    static Base base;
+    const Base *(*real)(void) = (const Base *(*)(void))dlsym(dlopen(ONNXRUNTIME, RTLD_NOW), "OrtGetApiBase");
+    base.api = real()->api;
+    base.version = version;
+    return &base;
+}
+"""
+
+
+@pytest.mark.skipif(not shutil.which("cc"), reason="needs a C compiler")
+def test_onnx_runtime_that_truncates_float16(
+    library: Library, onnxruntime_library: bytes, build_bundle: Build, tmp_path: Path
+) -> None:
+    """For a bundle quantised for TensorRT it would give other answers than the Python runtime, which corrects it."""
+    source, older = tmp_path / "older.c", tmp_path / "libonnxruntime.so"
+    source.write_text(OLDER)
+    name = f'-DONNXRUNTIME="{os.fsdecode(onnxruntime_library)}"'
+    subprocess.run(["cc", "-shared", "-fPIC", name, source, "-o", older, "-ldl"], check=True)
+    plain, signed = build_bundle("fp32"), tmp_path / "signed"
+    manifest = bundles.open_bundle(plain).manifest
+    files: dict[str, Path | bytes] = {name: plain / name for name in manifest.files}
+    quantised = msgspec.structs.replace(manifest, precision="int8", quantisation={"scheme": "tensorrt"})
+    bundles.write_bundle(signed, quantised, files, overwrite=False)
+    with Session(library, plain, device=b"cpu", onnxruntime=os.fsencode(older)):
+        pass
+    with Session(library, signed, device=b"cpu", onnxruntime=onnxruntime_library):
+        pass
+    with pytest.raises(Failed, match=r"1\.29\.1 truncates .* install 1\.30 or later") as caught:
+        Session(library, signed, device=b"cpu", onnxruntime=os.fsencode(older))
+    assert caught.value.status == ENVIRONMENT_LACKS
+
+
+def test_weights_in_other_files(
+    library: Library, onnxruntime_library: bytes, build_bundle: Build, tmp_path: Path
+) -> None:
+    onnx = pytest.importorskip("onnx")
+    plain = build_bundle("fp32")
+    model, elsewhere = onnx.load(plain / "model.onnx"), tmp_path / "model.onnx"
+    onnx.save(model, elsewhere, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    files = {name: plain / name for name in bundles.open_bundle(plain).manifest.files} | {"model.onnx": elsewhere}
+    bundles.write_bundle(tmp_path / "bundle", bundles.open_bundle(plain).manifest, files, overwrite=False)
+    for opened in (
+        lambda: Session(library, tmp_path / "bundle", device=b"cpu", onnxruntime=onnxruntime_library),
+        lambda: load(tmp_path / "bundle", "cpu"),
+    ):
+        with pytest.raises(
+            (Failed, InputError), match=r"model\.onnx has weights in other files, which no digest covers"
+        ):
+            opened()
 
 
 def test_bundle_of_another_size(library: Library, build_bundle: Build, tmp_path: Path) -> None:

@@ -652,6 +652,8 @@ def test_start(serve: Callable[..., Any], build_bundle: Build, tmp_path: Path) -
     assert fails(bundle, "--frames", "3")[0] == 2
     status, error = fails(tmp_path, "--port", 0)
     assert status == 2 and error.count("\n") == 1
+    status, error = fails(bundle, "--port", 0, "--trusted-key", tmp_path / "absent.pub")
+    assert (status, error) == (2, f"key {tmp_path / 'absent.pub'}: no such file\n")
 
 
 def test_threads_end(serve: Callable[..., Any]) -> None:

@@ -265,23 +265,22 @@ def test_other_things_that_the_key_signed(signed: Path, ours: Key, name: str) ->
         open_bundle(signed, ours.pem)
 
 
-@pytest.mark.parametrize(
-    ("kind", "changes"),
-    [
-        pytest.param("text/plain", {}, id="another payload"),
-        pytest.param(None, {"envelope": {"payloadType": "text/plain"}}, id="a payload that says to be another"),
-        pytest.param(None, {"mediaType": "application/vnd.dev.sigstore.bundle.v0.2+json"}, id="another bundle"),
-        pytest.param(None, {"verificationMaterial": {"certificate": {"rawBytes": ""}}}, id="a certificate"),
-        pytest.param(None, {"envelope": {"signatures": []}}, id="no signature"),
-        pytest.param(None, {"envelope": {"signatures": [{"sig": "AAAA"}, {"sig": "AAAA"}]}}, id="two"),
-        pytest.param(None, {"envelope": {"signatures": [{"sig": "AAAA"}]}}, id="no ECDSA"),
-        pytest.param(None, {"envelope": {"signatures": [{"sig": "!"}]}}, id="no base64"),
-        pytest.param(None, {"envelope": {"payload": "é"}}, id="no ASCII"),
-    ],
-)
-def test_signatures_of_another_form(signed: Path, ours: Key, kind: str | None, changes: dict[str, Any]) -> None:
-    statement = statement_of(digests_of(signed))
-    (signed / "model.sig").write_bytes(ours.sign(statement, **({"kind": kind} if kind else {}), **changes))
+FORMS: dict[str, dict[str, Any]] = {
+    "another payload": {"kind": "text/plain"},
+    "a payload that says to be another": {"envelope": {"payloadType": "text/plain"}},
+    "another bundle": {"mediaType": "application/vnd.dev.sigstore.bundle.v0.2+json"},
+    "a certificate": {"verificationMaterial": {"certificate": {"rawBytes": ""}}},
+    "no signature": {"envelope": {"signatures": []}},
+    "two": {"envelope": {"signatures": [{"sig": "AAAA"}, {"sig": "AAAA"}]}},
+    "no ECDSA": {"envelope": {"signatures": [{"sig": "AAAA"}]}},
+    "no base64": {"envelope": {"signatures": [{"sig": "!"}]}},
+    "no ASCII": {"envelope": {"payload": "é"}},
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_signatures_of_another_form(signed: Path, ours: Key, name: str) -> None:
+    (signed / "model.sig").write_bytes(ours.sign(statement_of(digests_of(signed)), **FORMS[name]))
     with pytest.raises(CheckFailed, match=rf"^bundle {signed}: "):
         open_bundle(signed, ours.pem)
 
@@ -310,23 +309,30 @@ def test_any_bytes_are_no_signature(ours: Key, data: bytes) -> None:
 # Keys
 
 
-def test_keys_that_are_none(signed: Path, ours: Key, tmp_path: Path) -> None:
+def no_keys(ours: Key) -> list[tuple[bytes, str]]:
+    """What is no public key to trust, and a word of the refusal."""
     from cryptography.hazmat.primitives.asymmetric import ec, ed25519
     from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
     def pem(key: Any) -> bytes:
         return key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
+    return [
+        (b"", "no public key"),
+        (b"-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----\n", "no public key"),
+        (ours.private.read_bytes(), "is a private key"),
+        (pem(ed25519.Ed25519PrivateKey.generate()), "P-256"),
+        (pem(ec.generate_private_key(ec.SECP256K1())), "P-256"),
+    ]
+
+
+def test_keys_that_are_none(signed: Path, ours: Key, tmp_path: Path) -> None:
     for keys, words in (
         ([], "none given"),
         ([tmp_path / "absent"], "no such file"),
         ([tmp_path], "not a plain file"),
-        ([b""], "no public key"),
-        ([b"-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----\n"], "no public key"),
-        ([ours.private], "is a private key"),
-        ([pem(ed25519.Ed25519PrivateKey.generate())], "P-256"),
-        ([pem(ec.generate_private_key(ec.SECP256K1()))], "P-256"),
         ([ours.pem, b"x"], "no public key"),
+        *(([key], words) for key, words in no_keys(ours)),
     ):
         with pytest.raises(InputError, match=words):
             open_bundle(signed, keys)

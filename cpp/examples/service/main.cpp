@@ -21,6 +21,7 @@ namespace {
 constexpr const char *USAGE = R"(usage: service BUNDLE [OPTION VALUE]...
   --host ADDRESS        to listen on [127.0.0.1]
   --port N              0 is a free one, which the first line of output names [8080]
+  --trusted-key FILE    serve only a bundle that this public key's owner signed; again for more keys [any bundle]
   --device NAME         auto, tensorrt, tensorrt:1, cpu [auto]
   --threads N           that compute one batch together on a CPU [as tuned, else one a core]
   --max-batch N         images computed at once [what suits the bundle]
@@ -61,6 +62,7 @@ Options parse(int count, char **arguments) {
     const std::map<std::string, std::function<void(const std::string &)>> known = {
         {"--host", [&](const auto &text) { options.host = text; }},
         {"--port", [&](const auto &text) { options.port = static_cast<int>(number(text, 0, 65535)); }},
+        {"--trusted-key", [&](const auto &text) { options.session.trusted_keys.push_back(text); }},
         {"--device", [&](const auto &text) { options.session.device = text; }},
         {"--threads", [&](const auto &text) { options.session.threads = static_cast<int>(number(text, 1, 4096)); }},
         {"--max-batch", [&](const auto &text) { options.session.max_batch = size(text); }},
