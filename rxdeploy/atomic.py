@@ -88,22 +88,37 @@ def _to_disk(path: Path) -> None:
             continue
         handle = os.open(each, os.O_RDONLY | os.O_NOFOLLOW)
         try:
-            os.fsync(handle)
-        except OSError as error:
-            if error.errno not in _NO_FSYNC:
-                raise
+            _fsync(handle)
         finally:
             os.close(handle)
 
 
-def _name_to_disk(destination: Path) -> None:
-    """The same for a name that was given. It stands, so what fails here is no failure of what was written."""
-    with contextlib.suppress(OSError):
-        handle = os.open(destination.parent, os.O_RDONLY)
+def _names_to_disk(*paths: Path) -> None:
+    """The same for names that were given, before what one of them replaces goes."""
+    for path in paths:
         try:
-            os.fsync(handle)
+            handle = os.open(path.parent, os.O_RDONLY)
+        except OSError:
+            continue  # a folder to write to, and not to read: nothing can be told of it
+        try:
+            _fsync(handle)
         finally:
             os.close(handle)
+
+
+def _fsync(handle: int) -> None:
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _NO_FSYNC:
+            raise
+
+
+def _make_parents(destination: Path) -> list[Path]:
+    """The folders above `destination` that were not there, and now are."""
+    made = [folder for folder in destination.parents if not folder.exists()]
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    return made
 
 
 @contextlib.contextmanager
@@ -113,7 +128,7 @@ def new_folder(destination: Path, durable: bool = True) -> Iterator[Path]:
     An existing `destination` is exchanged with the new folder in one step. On an error, Ctrl-C included,
     nothing is left behind. OSError when the folder cannot be made or moved.
     """
-    destination.parent.mkdir(parents=True, exist_ok=True)
+    above = _make_parents(destination)
     sweep(destination.parent)
     with _held(destination, Path.mkdir) as folder:
         yield folder
@@ -126,7 +141,7 @@ def new_folder(destination: Path, durable: bool = True) -> Iterator[Path]:
                 raise
             _exchange(folder, destination)
         if durable:
-            _name_to_disk(destination)
+            _names_to_disk(destination, *above)
 
 
 @contextlib.contextmanager
@@ -135,7 +150,7 @@ def new_file(destination: Path, durable: bool = True) -> Iterator[Path]:
 
     OSError when it cannot be made or moved.
     """
-    destination.parent.mkdir(parents=True, exist_ok=True)
+    above = _make_parents(destination)
     sweep(destination.parent)
     with _held(destination, Path.touch) as temporary:
         yield temporary
@@ -143,7 +158,7 @@ def new_file(destination: Path, durable: bool = True) -> Iterator[Path]:
             _to_disk(temporary)
         os.replace(temporary, destination)
         if durable:
-            _name_to_disk(destination)
+            _names_to_disk(destination, *above)
 
 
 def write_bytes(destination: Path, data: bytes) -> None:

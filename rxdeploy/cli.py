@@ -899,11 +899,13 @@ def _request(
 
 def _refuse_existing(output: Path, overwrite: bool) -> None:
     from rxdeploy.atomic import check_writable
+    from rxdeploy.engines.bundle import check_outside
 
     if output.is_dir():
         raise InputError(f"output {output}: is a folder; choose a file name with -o")
     if output.exists() and not overwrite:
         raise InputError(f"output {output}: exists; choose another with -o, or pass --overwrite")
+    check_outside(output)
     try:
         check_writable(output)
     except OSError as error:

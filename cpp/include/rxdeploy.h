@@ -263,7 +263,8 @@ RXDEPLOY_API void rxdeploy_text_free(char *text);
 RXDEPLOY_API rxdeploy_status rxdeploy_check_manifest(const char *data, size_t bytes);
 /* Whether the bundle at `path` and all its files are as they were built. */
 RXDEPLOY_API rxdeploy_status rxdeploy_check_bundle(const char *path);
-/* The same, and whether one of the keys (as in rxdeploy_options) signed it: if not, RXDEPLOY_CHECK_FAILED. */
+/* The same, and whether one of the keys (as in rxdeploy_options) signed it as it is: RXDEPLOY_CHECK_FAILED if not. What is
+ * no bundle at all is RXDEPLOY_INPUT_ERROR. */
 RXDEPLOY_API rxdeploy_status rxdeploy_verify_bundle(const char *path, const char *const *trusted_keys,
                                                     size_t trusted_key_count);
 

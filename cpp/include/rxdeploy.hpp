@@ -101,7 +101,8 @@ struct Options {
     std::size_t max_batch = 0, queue_size = 1024, workers = 0;
     double max_delay_ms = 2;
     bool reject_when_full = false;
-    std::vector<std::string> trusted_keys;  // files of public keys; none: any bundle is opened
+    // Files of public keys; without, any bundle is opened. An empty list is an error: it would trust nobody.
+    std::optional<std::vector<std::string>> trusted_keys;
 };
 
 struct SubmitOptions {
@@ -180,9 +181,12 @@ class Session {
         given.when_full = options.reject_when_full ? RXDEPLOY_REJECT : RXDEPLOY_WAIT;
         given.workers = options.workers;
         std::vector<const char *> keys;
-        for (const std::string &key : options.trusted_keys) keys.push_back(key.c_str());
-        given.trusted_keys = keys.empty() ? nullptr : keys.data();
-        given.trusted_key_count = keys.size();
+        if (options.trusted_keys) {
+            for (const std::string &key : *options.trusted_keys) keys.push_back(key.c_str());
+            given.trusted_key_count = keys.size();
+            keys.push_back(nullptr);  // so that an empty list has an address, too
+            given.trusted_keys = keys.data();
+        }
         rxdeploy_session *session = nullptr;
         check(rxdeploy_open(bundle.c_str(), &given, &session));
         handle_.reset(session);

@@ -12,6 +12,7 @@
 
 #include "digest.h"
 #include "error.h"
+#include "external.h"
 #include "files.h"
 #include "signature.h"
 
@@ -54,7 +55,8 @@ Manifest read_manifest(const std::string &path, const std::vector<std::string> &
     std::optional<TrustedKeys> trusted;
     if (!keys.empty()) trusted.emplace(keys);
     std::string data;
-    const int error = read_text(path + "/" + MANIFEST, LARGEST_MANIFEST, data);
+    const int error = read_text(path + "/" + MANIFEST, LARGEST_MANIFEST, data, O_NOFOLLOW);
+    if (error == ELOOP) input_error(where + ": " + MANIFEST + " is a link, which no bundle has; copy the files themselves");
     if (error == ENOENT || error == ENOTDIR)
         input_error(where + ": not a bundle (there is no " + MANIFEST + "); `rxdeploy build` makes one");
     if (error) input_error(where + ": " + MANIFEST + " cannot be read: " + reason(error));
@@ -77,8 +79,10 @@ void check_strangers(const std::string &path, const Manifest &manifest) {
 }
 
 bool is_file_name(const std::string &name) {
+    for (const char c : name)
+        if (c < ' ' || c > '~') return false;  // of ASCII, which no name of ours leaves, so that nobody reads another one
     return !name.empty() && name != "." && name != ".." && name != MANIFEST && name != SIGNATURE &&
-           name.find_first_of(std::string("/\\\0", 3)) == std::string::npos;
+           name.find_first_of("/\\") == std::string::npos;
 }
 
 // Check a file; with `contents`, keep what was checked there.
@@ -152,11 +156,16 @@ std::string stripped(const std::string &text) {
 }  // namespace
 
 Bundle::Bundle(std::string folder, const std::vector<std::string> &trusted_keys)
-    : path(std::move(folder)), manifest(read_manifest(path, trusted_keys)), is_signed_(!trusted_keys.empty()) {
+    : path(folder.empty() ? "." : std::move(folder)), manifest(read_manifest(path, trusted_keys)), is_signed_(!trusted_keys.empty()) {
     if (is_signed_) check_strangers(path, manifest);
-    for (const auto &[name, expected] : manifest.files) check_file(path, name, expected, is_signed_, nullptr);
+    std::string model;
+    for (const auto &[name, expected] : manifest.files)
+        check_file(path, name, expected, is_signed_, name == MODEL ? &model : nullptr);
     if (!manifest.files.count(MODEL))
         input_error("bundle " + path + ": " + MANIFEST + " lists no " + MODEL + "; build the bundle again");
+    if (keeps_weights_elsewhere(model))
+        input_error("bundle " + path + ": " + MODEL + " has weights in other files, which no digest covers; build it "
+                    "again");
 }
 
 std::string Bundle::read(const std::string &name) const {

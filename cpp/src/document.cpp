@@ -12,7 +12,7 @@ constexpr std::size_t DEEPEST = 200;  // nothing that rxdeploy reads is nested a
 // What nlohmann's parser calls: puts a document together.
 class Builder {
   public:
-    explicit Builder(json &top) : next_(&top) {}
+    Builder(json &top, bool unique) : next_(&top), unique_(unique) {}
 
     bool null() { return put(nullptr); }
     bool boolean(bool value) { return put(value); }
@@ -22,6 +22,7 @@ class Builder {
     bool string(std::string &value) { return put(std::move(value)); }
     bool binary(json::binary_t &) { return false; }  // JSON has none
     bool key(std::string &name) {
+        if (unique_ && open_.back()->contains(name)) throw Damaged{"it has a name twice: " + printable(name.substr(0, 99))};
         next_ = &(*open_.back())[name];
         return true;
     }
@@ -65,15 +66,18 @@ class Builder {
     }
 
     json *next_;
+    const bool unique_;
     std::vector<json *> open_;
 };
 
 }  // namespace
 
-void decode(std::string_view data, json &top) {
+void decode(std::string_view data, json &top, bool unique) {
+    // nlohmann's parser would take a NUL for the end, whatever comes behind it.
+    if (data.find('\0') != std::string_view::npos) throw Damaged{"JSON is malformed: it has a NUL in it"};
     // msgspec takes no byte order mark, nlohmann's parser would skip one.
     if (!data.empty() && static_cast<unsigned char>(data[0]) == 0xef) throw Damaged{"it begins with no JSON"};
-    Builder builder(top);
+    Builder builder(top, unique);
     json::sax_parse(data.begin(), data.end(), &builder);
 }
 

@@ -165,7 +165,8 @@ class Part {
 };
 
 // Read `data` into `top`. Damaged when it is no JSON, or nested deeper than what rxdeploy reads ever is. Of a name that
-// comes twice the last one counts.
-void decode(std::string_view data, nlohmann::json &top);
+// comes twice the last one counts, as for the Python runtime; with `unique` it is Damaged: whoever reads it otherwise
+// could be told something else.
+void decode(std::string_view data, nlohmann::json &top, bool unique = false);
 
 }  // namespace rx

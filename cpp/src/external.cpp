@@ -60,8 +60,10 @@ bool keeps_weights_elsewhere(std::string_view model) {
         left.pop_back();
         if (message == ELSEWHERE) return true;
         for (int groups = 0; at < end;) {
-            const std::optional<std::uint64_t> tag = varint(model, at, end);
-            if (!tag) return false;
+            const std::size_t begin = at;
+            std::optional<std::uint64_t> tag = varint(model, at, end);
+            if (!tag || at - begin > 5) return false;  // parsers take no longer one
+            *tag &= 0xffffffff;                        // as they do: field 13 + 2**29 is field 13
             std::optional<std::uint64_t> size;
             switch (*tag & 7) {
                 case VARINT:

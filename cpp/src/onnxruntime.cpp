@@ -15,7 +15,6 @@
 #include <utility>
 #include <vector>
 
-#include "external.h"
 #include "library.h"
 
 namespace rx {
@@ -340,9 +339,6 @@ std::shared_ptr<Engine> open_onnxruntime(const Bundle &bundle, const std::string
                   {},
                   m.num_classes,
                   m.multiply_adds};
-    if (keeps_weights_elsewhere(*source.model))
-        input_error("bundle " + bundle.path + ": " + MODEL + " has weights in other files, which no digest covers; "
-                    "build it again");
     for (std::size_t i = 1; i < m.input.shape.size(); ++i) source.sides.push_back(*m.input.shape[i]);
     return std::make_shared<OnnxEngine>(loaded, std::move(source));
 }

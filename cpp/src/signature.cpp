@@ -147,7 +147,7 @@ Envelope read_envelope(std::string_view data, const std::string &sentence) {
     std::string media, type;
     try {
         Document document;
-        decode(data, document.top);
+        decode(data, document.top, true);
         const Part top(document.top, "$");
         media = top["mediaType"].text();
         const Part key = top["verificationMaterial"]["publicKey"];
@@ -173,7 +173,7 @@ std::map<std::string, std::string> read_statement(const std::string &payload, co
     bool taken = false;
     try {
         Document document;
-        decode(payload, document.top);
+        decode(payload, document.top, true);
         const Part top(document.top, "$");
         taken = top["_type"].text() == STATEMENT;
         taken = top["predicateType"].text() == PREDICATE && taken;

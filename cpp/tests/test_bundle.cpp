@@ -165,6 +165,9 @@ TEST(External, IsSeenWhereverItIs) {
         EXPECT_FALSE(keeps_weights_elsewhere(before + field(7, graph.second)));
     }
     EXPECT_TRUE(keeps_weights_elsewhere(field(25, field(7, field(5, field(5, tensor))))));
+    // Another way to write the tag, of which parsers take 32 bits.
+    const std::string hidden = field(8, "weight") + "\xea\x80\x80\x80\x10" + field(13, "location").substr(1);
+    EXPECT_TRUE(keeps_weights_elsewhere(field(7, field(5, hidden))));
     EXPECT_TRUE(keeps_weights_elsewhere("\x08\0\0\0ORTM"s));
     EXPECT_FALSE(keeps_weights_elsewhere(""));
 }

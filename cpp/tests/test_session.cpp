@@ -192,6 +192,11 @@ TEST_F(SessionTest, RunsBatches) {
     EXPECT_THROW(session.run({view.data(), 5}), rxdeploy::InputError);
     EXPECT_THROW(session.run(images, rest), rxdeploy::InputError);
     EXPECT_THROW(session.run_float32({}), rxdeploy::InputError);
+    rxdeploy::Options nobody = options;
+    nobody.trusted_keys.emplace();
+    EXPECT_THROW(Session(path, nobody), rxdeploy::InputError);
+    nobody.trusted_keys->push_back("absent.pub");
+    EXPECT_THROW(Session(path, nobody), rxdeploy::InputError);
     EXPECT_THROW(session.run_device(images.data(), 1, parts.data()), rxdeploy::InputError);
     EXPECT_NO_THROW(session.prepare(std::vector<std::size_t>{1, 8}));
 }

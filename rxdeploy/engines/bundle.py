@@ -383,9 +383,7 @@ def check_destination(destination: Path, model: str, precision: str, overwrite: 
         raise InputError(f"output {destination}: exists and is not a folder; choose another with -o")
     if Path.cwd().is_relative_to(destination.resolve()):
         raise InputError(f"output {destination}: is the working directory or above it; choose a folder inside with -o")
-    for folder in destination.resolve().parents:
-        if (folder / MANIFEST).exists() and (folder / MODEL).exists():
-            raise InputError(f"output {destination}: lies in the bundle {folder}; choose a folder outside with -o")
+    check_outside(destination)
     try:
         atomic.check_writable(destination)
     except OSError as error:
@@ -405,6 +403,20 @@ def check_destination(destination: Path, model: str, precision: str, overwrite: 
         same, what = False, "a damaged or newer bundle"
     if not same and not overwrite:
         raise InputError(f"output {destination}: holds {what}; choose another with -o, or pass --overwrite")
+
+
+def check_outside(output: Path) -> None:
+    """InputError when `output` lies in a bundle: its signature would not be of what is put there."""
+    for folder in output.resolve().parents:
+        if not (folder / MANIFEST).is_file() or not (folder / MODEL).exists():
+            continue
+        try:  # other programs have a manifest.json, too
+            manifest = msgspec.json.decode(manifest_bytes(folder))
+            ours = "schema" in manifest and MODEL in manifest["files"]
+        except (InputError, msgspec.MsgspecError, RecursionError, UnicodeDecodeError, TypeError, KeyError):
+            ours = False
+        if ours:
+            raise InputError(f"output {output}: lies in the bundle {folder}; choose a place outside with -o")
 
 
 def card_facts(card: ModelCard) -> CardFacts:

@@ -47,7 +47,11 @@ def _holds_elsewhere(data: mmap.mmap) -> bool:
             return True
         known, groups = _FIELDS[message], 0
         while at < end:
+            begin = at
             tag, at = _varint(data, at)
+            if at - begin > 5:
+                raise ValueError("a tag of more bytes than parsers take")
+            tag &= 0xFFFFFFFF  # as they do: field 13 + 2**29 is field 13
             kind = tag & 7
             if kind == _VARINT:
                 _, at = _varint(data, at)

@@ -136,6 +136,7 @@ def _most(manifest: Manifest, backend: Backend, wanted: int | None) -> int:
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
+    bundles.check_outside(target)
     if not (target.exists() or target.is_symlink()):
         return
     if target.is_symlink() or not (target / _CONFIG).is_file():

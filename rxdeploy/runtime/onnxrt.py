@@ -103,26 +103,33 @@ def open_session(
 def _rounded(model: Path | bytes, version: str) -> bytes:
     """The model with the float16 tensors quantised by steps that round: QuantizeLinear's own, of TensorRT's kind.
 
-    That kind has one scale a tensor and no zero point. QuantizeLinear of a cast to float32 would do the same, but
-    ONNX Runtime 1.20 does not load such a model.
+    That kind has one scale a tensor and no zero point; EnvironmentLacks for others. QuantizeLinear of a cast to float32
+    would do the same, but ONNX Runtime 1.20 does not load such a model.
     """
+    problem = (
+        f"ONNX Runtime {version} truncates what this model, which is quantised for TensorRT, rounds; "
+        "pip install -U onnxruntime brings 1.30 or later (where there is one)"
+    )
     try:
         import onnx
     except ModuleNotFoundError:
-        raise EnvironmentLacks(
-            f"ONNX Runtime {version} truncates what this model, which is quantised for TensorRT, rounds; "
-            "pip install -U onnxruntime brings 1.30 or later (where there is one), pip install onnx corrects it"
-        ) from None
+        raise EnvironmentLacks(f"{problem}, pip install onnx corrects it") from None
     proto = onnx.load_from_string(model) if isinstance(model, bytes) else onnx.load(model)
     graph, float32, int8 = proto.graph, onnx.TensorProto.FLOAT, onnx.TensorProto.INT8
-    scales = {each.name: each for each in graph.initializer if each.data_type == onnx.TensorProto.FLOAT16}
+    constants = {each.name: each for each in graph.initializer}
     nodes = []
     for node in graph.node:
-        if node.op_type != "QuantizeLinear" or node.input[1] not in scales:
+        constant = constants.get(node.input[1]) if node.op_type == "QuantizeLinear" else None
+        if node.op_type != "QuantizeLinear" or (constant and constant.data_type == float32):
             nodes.append(node)
             continue
+        zero = constants.get(node.input[2]) if len(node.input) > 2 else None
+        if constant is None or constant.dims or zero is None or zero.data_type != int8:
+            raise EnvironmentLacks(problem)
+        if onnx.numpy_helper.to_array(zero).any():
+            raise EnvironmentLacks(problem)
         name = f"{node.output[0]}.rounded"
-        scale = onnx.numpy_helper.to_array(scales[node.input[1]]).astype(np.float32)
+        scale = onnx.numpy_helper.to_array(constant).astype(np.float32)
         ends = {f"{name}.scale": scale, f"{name}.least": np.float32(-128), f"{name}.most": np.float32(127)}
         graph.initializer.extend(onnx.numpy_helper.from_array(np.asarray(a), key) for key, a in ends.items())
         steps: tuple[tuple[str, list[str], dict[str, Any]], ...] = (

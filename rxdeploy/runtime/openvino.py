@@ -230,7 +230,9 @@ def _tensors(found: Any) -> list[ModelTensor]:
         ModelTensor(
             each.get_any_name(),
             each.element_type.to_dtype().name,
-            tuple(size.get_length() if size.is_static else None for size in list(each.partial_shape)[1:]),
+            ()
+            if each.partial_shape.rank.is_dynamic
+            else tuple(size.get_length() if size.is_static else None for size in list(each.partial_shape)[1:]),
         )
         for each in found
     ]

@@ -454,9 +454,17 @@ def test_nothing_is_put_into_a_bundle(tmp_path: Path, inside: str) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "it")
     before = names(tmp_path / "it")
     for way in ("it", "link"):
-        with pytest.raises(InputError, match=rf"lies in the bundle {tmp_path / 'it'}; choose a folder outside"):
+        with pytest.raises(InputError, match=rf"lies in the bundle {tmp_path / 'it'}; choose a place outside"):
             check_destination(tmp_path / way / inside, "tiny", "fp16", True)
     assert names(tmp_path / "it") == before
+
+
+@pytest.mark.parametrize("manifest", ['{"name": "My web app"}', '{"files": {}, "schema": 1}', "[]", "no JSON", ""])
+def test_other_programs_have_a_manifest_too(tmp_path: Path, manifest: str) -> None:
+    (tmp_path / "manifest.json").write_text(manifest)
+    (tmp_path / "model.onnx").write_text("theirs")
+    check_destination(tmp_path / "build" / "it", "tiny", "fp16", False)
+    write(tmp_path / "build" / "it")
 
 
 def test_an_empty_folder(tmp_path: Path) -> None:

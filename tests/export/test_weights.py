@@ -325,7 +325,9 @@ def test_odd_tensors(odd: str, card: ModelCard, state: State, tmp_path: Path) ->
         "complex": weight.to(torch.complex64),
     }[odd]
     torch.save(state, tmp_path / "net.pth")
-    assert "fc.weight" in complaint(card, tmp_path / "net.pth")
+    told = complaint(card, tmp_path / "net.pth")
+    # torch 2.15 and later do not read a file with sparse tensors at all.
+    assert "fc.weight" in told or (odd == "sparse" and "damaged" in told)
 
 
 def test_wrapper_around_itself(card: ModelCard, tmp_path: Path) -> None:

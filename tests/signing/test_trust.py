@@ -159,6 +159,12 @@ OURS_ALONE: dict[str, Callable[[Path, Key], object]] = {
     "a hidden file besides": lambda folder, key: (folder / ".gitattributes").write_text("x"),
     "an empty folder besides": lambda folder, key: (folder / "sub").mkdir(),
     "a link to the same signature": replaced_by_a_link("model.sig"),
+    "bytes behind a NUL": lambda folder, key: (folder / "model.sig").write_bytes(
+        (folder / "model.sig").read_bytes() + b"\0more"
+    ),
+    "a value of another type, and then the right one": lambda folder, key: (folder / "model.sig").write_text(
+        '{"mediaType": 5, ' + (folder / "model.sig").read_text().lstrip("{")
+    ),
     "a pipe for a signature": lambda folder, key: (
         (folder / "model.sig").unlink(),
         os.mkfifo(folder / "model.sig"),
@@ -254,6 +260,8 @@ STATEMENTS: dict[str, Callable[[dict[str, Any]], Any]] = {
         {r["name"]: r["digest"] for r in s["predicate"]["resources"]} | {"../x": "0" * 64}
     ),
     "no files": lambda s: statement_of({}),
+    "bytes behind a NUL": lambda s: json.dumps(s).encode() + b"\0more",
+    "a value of another type, and then the right one": lambda s: b'{"predicate": 5, ' + json.dumps(s).encode()[1:],
 }
 
 

@@ -21,7 +21,7 @@ import pytest
 from rxdeploy.engines.bundle import open_bundle
 from rxdeploy.errors import CheckFailed, InputError, RxDeployError
 
-from .conftest import Key, digests_of, statement_of
+from .conftest import Key, digests_of, reseal, statement_of
 from .test_trust import ATTACKS, FORMS, OURS_ALONE, STATEMENTS, no_keys
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "cpp"))
@@ -72,6 +72,45 @@ def test_what_is_not_as_it_was_signed(signed: Path, ours: Key, theirs: Key, in_c
     assert agree(in_c, signed, ours.public) == 0
     (ATTACKS | OURS_ALONE)[name](signed, theirs)
     assert agree(in_c, signed, ours.public) == CheckFailed.exit_code
+
+
+def test_a_link_to_the_manifest(signed: Path, ours: Key, in_c: InC, tmp_path: Path) -> None:
+    (signed / "manifest.json").rename(tmp_path / "manifest.json")
+    (signed / "manifest.json").symlink_to(tmp_path / "manifest.json")
+    assert agree(in_c, signed, ours.public) == InputError.exit_code
+
+
+def test_a_name_twice_is_refused_in_c(signed: Path, ours: Key, in_c: InC) -> None:
+    """Python takes the last one; what it means is what was signed all the same."""
+    text = (signed / "model.sig").read_text()
+    (signed / "model.sig").write_text('{"mediaType": "x", ' + text.lstrip("{"))
+    status, message = in_c(signed, ours.public)
+    assert status == CheckFailed.exit_code and "it has a name twice: mediaType" in message
+
+
+@pytest.mark.parametrize("file", ["a\x01b", "a\x7fb", "\u200b"])
+def test_files_with_names_that_nobody_sees(signed: Path, ours: Key, in_c: InC, file: str) -> None:
+    (signed / file).write_text("more")
+    reseal(signed, lambda manifest: manifest["files"].update({file: {"sha256": "", "bytes": 0}}))
+    (signed / "model.sig").write_bytes(ours.sign(statement_of(digests_of(signed))))
+    assert in_python(signed, ours.public)[0] == in_c(signed, ours.public)[0] == CheckFailed.exit_code
+
+
+@pytest.mark.parametrize("tag", [b"\x6a", b"\xea\x00", b"\xea\x80\x80\x80\x10"])
+def test_weights_in_other_files(signed: Path, ours: Key, in_c: InC, tag: bytes) -> None:
+    """Also where the field's tag is written in another way, which parsers take for the same."""
+    onnx = pytest.importorskip("onnx")
+    graph = onnx.GraphProto()
+    tensor = graph.initializer.add(name="elsewhere", dims=[1], data_type=1)
+    entry = onnx.StringStringEntryProto(key="location", value="weights.bin").SerializeToString()
+    outside = tensor.SerializeToString() + tag + bytes([len(entry)]) + entry + b"\x70\x01"
+    more = b"\x2a" + bytes([len(outside)]) + outside  # an initializer of another piece of the graph
+    with (signed / "model.onnx").open("ab") as file:
+        file.write(b"\x3a" + bytes([len(more)]) + more)
+    reseal(signed, lambda manifest: None)
+    (signed / "model.sig").write_bytes(ours.sign(statement_of(digests_of(signed))))
+    assert agree(in_c, signed, ours.public) == InputError.exit_code
+    assert "weights in other files" in in_c(signed, ours.public)[1]
 
 
 @pytest.mark.parametrize("name", STATEMENTS)

@@ -62,7 +62,11 @@ Options parse(int count, char **arguments) {
     const std::map<std::string, std::function<void(const std::string &)>> known = {
         {"--host", [&](const auto &text) { options.host = text; }},
         {"--port", [&](const auto &text) { options.port = static_cast<int>(number(text, 0, 65535)); }},
-        {"--trusted-key", [&](const auto &text) { options.session.trusted_keys.push_back(text); }},
+        {"--trusted-key",
+         [&](const auto &text) {
+             if (!options.session.trusted_keys) options.session.trusted_keys.emplace();
+             options.session.trusted_keys->push_back(text);
+         }},
         {"--device", [&](const auto &text) { options.session.device = text; }},
         {"--threads", [&](const auto &text) { options.session.threads = static_cast<int>(number(text, 1, 4096)); }},
         {"--max-batch", [&](const auto &text) { options.session.max_batch = size(text); }},
