@@ -18,7 +18,7 @@ from typing import Any
 
 import rxdeploy
 from rxdeploy.cards.digits_images import choose, split, write_files
-from rxdeploy.engines.bundle import MANIFEST, PLAN, open_bundle
+from rxdeploy.engines.bundle import MANIFEST, PLAN, SBOM, open_bundle
 from rxdeploy.runtime import load
 
 CARD = """\
@@ -157,12 +157,15 @@ class Place:
             )
         return found
 
-    def leftovers(self) -> list[str]:
-        """Temporaries of rxdeploy, and whatever else is in the folder for them."""
+    def leftovers(self, interrupted: bool = False) -> list[str]:
+        """Temporaries of rxdeploy, and whatever else is in the folder for them.
+
+        Of a command that did not end well, what it had counted of a calibration is none: the next one goes on from it.
+        """
         found = {path for path in self.folder.rglob("*") if ".rxdeploy-" in path.name}
         calibrating = self.cache / "calibrating"
         found |= {path for path in self.temporary.iterdir() if not _is_probe(path)}
-        found |= set(calibrating.iterdir() if calibrating.is_dir() else ())
+        found |= set(calibrating.iterdir() if calibrating.is_dir() and not interrupted else ())
         return sorted(str(path.relative_to(self.folder)) for path in found)
 
     def locked(self) -> list[str]:
@@ -221,22 +224,32 @@ def tree(folder: Path, leave_out: Callable[[str], bool] = lambda name: False) ->
 def bundle_facts(folder: Path) -> dict[str, Any]:
     """Everything in a bundle, which is verified and loaded first, but for what no two builds have in common.
 
-    That is a TensorRT-RTX plan, whose symbols are numbered differently each time, and so its digest and the manifest's.
+    That is a TensorRT-RTX plan, whose symbols are numbered differently each time, and so its digest, the manifest's and
+    the number of the bill of materials.
     """
     bundle = open_bundle(folder)
     load(folder, "onnxruntime").close()
     files = tree(folder)
     if PLAN in bundle.manifest.files:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        manifest["digest"] = manifest["files"][PLAN] = "differs"
-        files |= {MANIFEST: json.dumps(manifest), PLAN: "differs"}
+        texts = {}
+        for name in (MANIFEST, SBOM):
+            text = (folder / name).read_text(encoding="utf-8")
+            texts[name] = json.loads(text.replace(bundle.manifest.files[PLAN].sha256, "differs"))
+        manifest = texts[MANIFEST]
+        manifest["digest"] = manifest["files"][PLAN]["bytes"] = texts[SBOM]["serialNumber"] = "differs"
+        manifest["files"][SBOM] = "differs"
+        files |= {name: json.dumps(text) for name, text in texts.items()} | {PLAN: "differs"}
     return files
 
 
-def entries(cache: Path) -> dict[str, str]:
-    """The cache's entries, but for those that hold a plan or measured times: of these, that they are whole."""
-    found = tree(cache / "stages", lambda name: name.startswith((".", "engine-", "tuning-")))
-    for pattern in ("engine-*", "tuning-*"):
+def entries(cache: Path, measured: bool = False) -> dict[str, str]:
+    """The cache's entries, but for those that hold a plan or measured times: of these, that they are whole.
+
+    With `measured` that is so of all: what follows from measured times is another graph each time.
+    """
+    by_chance = ("[!.]*",) if measured else ("engine-*", "tuning-*")
+    found = {} if measured else tree(cache / "stages", lambda name: name.startswith((".", "engine-", "tuning-")))
+    for pattern in by_chance:
         for folder in (cache / "stages").glob(pattern):
             found[folder.name] = _whole(folder)
     return found
