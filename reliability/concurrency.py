@@ -146,7 +146,10 @@ class Prover:
         }
 
     def killed(self, commands: Sequence[tuple[str, ...]], moment: int) -> dict[str, Any]:
-        """Kill who computes the `moment`-th entry; how long it took until another began with it, if it had to."""
+        """Kill who computes the `moment`-th entry; how long it took until another began with it, if it had to.
+
+        Nothing when that process had done all of its work before the kill.
+        """
         crowd, what = Crowd(self.place(), commands), f"holder of entry {moment} killed"
         at = lambda: crowd.events()[moment - 1 : moment]  # noqa: E731
         with crowd.computing:
@@ -159,8 +162,11 @@ class Prover:
         os.killpg(holder.process.pid, signal.SIGKILL)
         holder.process.wait()
         died, finished_first = time.monotonic(), (crowd.place.cache / "stages" / entry).exists()
-        self._finish(crowd, what, but=holder.number)
-        self._all_right(crowd, commands, what, but=(holder.number,))
+        but = (holder.number,) if holder.process.returncode else ()
+        self._finish(crowd, what, *but)
+        self._all_right(crowd, commands, what, but)
+        if not but:
+            return {}
         again = [event for event in crowd.events() if event[1] == entry and event[2] is not holder]
         wanted = range(1, 2) if not finished_first and len(set(commands)) == 1 else range(2)  # others may not need it
         self.must(len(again) in wanted, f"{what}: {entry} was computed {len(again)} times after it")
@@ -226,12 +232,17 @@ def main(processes: int, kills: int, seed: int, patience: float, keep: bool) -> 
                 f"{name}: {part['processes']} processes, {part['entries']} entries, computed {part['computed']} times "
                 f"by {part['processes_that_computed']} processes, {part['seconds']} s"
             )
-        killed = [prover.killed((same, different)[index % 2], moments.choice(MOMENTS)) for index in range(kills)]
+        killed: list[dict[str, Any]] = []
+        for index in range(4 * kills):
+            if len(killed) < kills:
+                found = prover.killed((same, different)[index % 2], moments.choice(MOMENTS))
+                killed += [found] if found else []
     waits = [each["taken_over_after_seconds"] for each in killed if each.get("taken_over_after_seconds") is not None]
     result |= {"kills": killed, "most_seconds_to_take_over": max(waits, default=None), "problems": prover.problems}
     click.echo(
         f"{len(killed)} holders killed, in {dict(Counter(each.get('stage') for each in killed))}: {len(waits)} entries "
-        f"were taken over, after at most {max(waits, default=0)} s; the others were done a moment before"
+        f"were taken over, after at most {max(waits, default=0)} s; {sum(each['was_done'] for each in killed)} were done a "
+        "moment before, the others nobody else needed"
     )
     if keep:
         machine.RESULTS = Path(__file__).parent / "results"
