@@ -239,10 +239,11 @@ def main(processes: int, kills: int, seed: int, patience: float, keep: bool) -> 
                 killed += [found] if found else []
     waits = [each["taken_over_after_seconds"] for each in killed if each.get("taken_over_after_seconds") is not None]
     result |= {"kills": killed, "most_seconds_to_take_over": max(waits, default=None), "problems": prover.problems}
+    done = sum(each["was_done"] for each in killed)
     click.echo(
         f"{len(killed)} holders killed, in {dict(Counter(each.get('stage') for each in killed))}: {len(waits)} entries "
-        f"were taken over, after at most {max(waits, default=0)} s; {sum(each['was_done'] for each in killed)} were done a "
-        "moment before, the others nobody else needed"
+        f"were taken over, after at most {max(waits, default=0)} s; {done} were done a moment before, "
+        "the others nobody else needed"
     )
     if keep:
         machine.RESULTS = Path(__file__).parent / "results"
