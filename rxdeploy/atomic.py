@@ -84,13 +84,8 @@ def _remove(path: Path) -> None:
 def _to_disk(path: Path) -> None:
     """Wait until a file, or a folder and all that is in it, is on the disk."""
     for each in (*path.rglob("*"), path):
-        if each.is_symlink():
-            continue
-        handle = os.open(each, os.O_RDONLY | os.O_NOFOLLOW)
-        try:
-            _fsync(handle)
-        finally:
-            os.close(handle)
+        if not each.is_symlink():
+            _fsync(os.open(each, os.O_RDONLY | os.O_NOFOLLOW))
 
 
 def _names_to_disk(*paths: Path) -> None:
@@ -100,18 +95,18 @@ def _names_to_disk(*paths: Path) -> None:
             handle = os.open(path.parent, os.O_RDONLY)
         except OSError:
             continue  # a folder to write to, and not to read: nothing can be told of it
-        try:
-            _fsync(handle)
-        finally:
-            os.close(handle)
+        _fsync(handle)
 
 
 def _fsync(handle: int) -> None:
+    """Wait for what was opened, and close it."""
     try:
         os.fsync(handle)
     except OSError as error:
         if error.errno not in _NO_FSYNC:
             raise
+    finally:
+        os.close(handle)
 
 
 def _make_parents(destination: Path) -> list[Path]:
