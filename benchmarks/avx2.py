@@ -12,8 +12,11 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import click
 import contenders
@@ -27,7 +30,6 @@ from rxdeploy.runtime.openvino import import_openvino
 from rxdeploy.tuning import device
 
 ISA, AIM = "AVX2", 1.1
-_cpuinfo, _installed_version, _contenders = machine._cpuinfo, device.installed_version, peers.contenders
 
 
 @click.command()
@@ -37,51 +39,63 @@ _cpuinfo, _installed_version, _contenders = machine._cpuinfo, device.installed_v
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="Where models are made and kept.")
 def main(models: str, rounds: int, seconds: float, work: Path) -> None:
     """Tune each of MODELS for OpenVINO on AVX2, and time it beside OpenVINO on the file of `quantize_static`."""
-    hold()
     path = RESULTS / "avx2.json"
     result = json.loads(path.read_text()) if path.exists() else {}
     result.pop("machine", None)
     for model in models.split(","):
         folder = work / model
-        contenders.prepare(model, "int8", folder)
-        piece = peers.speed(model, "int8", LARGEST, folder, rounds, seconds)
-        manifest = json.loads((folder / "ours-int8" / "manifest.json").read_text())
-        best = min(facts["time_over_ours"] for name, facts in piece["contenders"].items() if name != OURS)
-        piece |= {
-            "groups": manifest["tuning"]["groups"],
-            "cpu": manifest["tuning"]["cpu"],
-            "kernels": kernels(folder / f"{UNSIGNED}.onnx"),
-            "weight_bits": weight_bits(),
-            "over_openvino": best,
-            "aim": AIM,
-        }
+        with held():
+            piece = measure(model, folder, rounds, seconds)
         result[model] = piece
-        click.echo(f"{model}: {best:.3f} over OpenVINO (aim {AIM}): {json.dumps(piece, indent=1)}")
+        click.echo(f"{model}: {piece['over_openvino']:.3f} over OpenVINO (aim {AIM}): {json.dumps(piece, indent=1)}")
         click.echo(save("avx2", {**result, "isa": ISA, "batch": LARGEST}))
 
 
-def hold() -> None:
-    """Make rxdeploy see no more than AVX2, and OpenVINO as the only engine to tune for and to race against."""
+def measure(model: str, folder: Path, rounds: int, seconds: float) -> peers.Piece:
+    """What peers.py finds, and what of it shows that everything was held to AVX2."""
+    contenders.prepare(model, "int8", folder)
+    piece = peers.speed(model, "int8", LARGEST, folder, rounds, seconds)
+    manifest = json.loads((folder / "ours-int8" / "manifest.json").read_text())
+    return piece | {
+        "groups": manifest["tuning"]["groups"],
+        "cpu": manifest["tuning"]["cpu"],
+        "kernels": kernels(folder / f"{UNSIGNED}.onnx"),
+        "weight_bits": weight_bits(),
+        "over_openvino": min(each["time_over_ours"] for name, each in piece["contenders"].items() if name != OURS),
+        "aim": AIM,
+    }
 
-    def held() -> dict[str, str]:
-        facts = _cpuinfo()
+
+@contextmanager
+def held() -> Iterator[None]:
+    """rxdeploy sees no more than AVX2, and OpenVINO as the only engine to tune for and to race against.
+
+    Not so when results are saved: the machine's facts are its own.
+    """
+    cpuinfo, installed_version, all_contenders = machine._cpuinfo, device.installed_version, peers.contenders
+
+    def of_avx2() -> dict[str, str]:
+        facts = cpuinfo()
         flags = (flag for flag in facts.get("flags", "").split() if not flag.startswith(("avx512", "avx_", "amx")))
         return facts | {"flags": " ".join(flags)}
 
     def without_onnx_runtime(names: tuple[str, ...]) -> str | None:
-        return None if "onnxruntime" in names else _installed_version(names)
+        return None if "onnxruntime" in names else installed_version(names)
 
     def of_openvino(precision: Any, batch: int) -> Any:
         return tuple(
             each
-            for each in _contenders(precision, batch)
+            for each in all_contenders(precision, batch)
             if each.name == OURS or ("OpenVINO" in each.name and (UNSIGNED in each.name or each.operations))
         )
 
     os.environ["ONEDNN_MAX_CPU_ISA"] = ISA  # before OpenVINO is loaded; each contender's process inherits it
-    machine._cpuinfo = held
-    device.installed_version = without_onnx_runtime
-    peers.contenders = of_openvino
+    with (
+        patch.object(machine, "_cpuinfo", of_avx2),
+        patch.object(device, "installed_version", without_onnx_runtime),
+        patch.object(peers, "contenders", of_openvino),
+    ):
+        yield
 
 
 def kernels(path: Path) -> list[str]:
